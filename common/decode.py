@@ -1,0 +1,183 @@
+"""From the bytes of an image file to a uint8 crop: decode, crop, resize, flip.
+
+JPEG is decoded by simplejpeg where it can (the same pixels as PIL's, at twice the speed), everything else by PIL; the
+resize is torch's antialiased one on uint8 (equal to PIL's within one level), or PIL's where torch has none.
+"""
+
+import io
+import math
+import random
+
+import numpy as np
+import torch
+from PIL import Image
+
+from common.errors import UserError
+
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
+
+_PIL_FILTERS = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}
+INTERPOLATIONS = ("bilinear", "bicubic", "random")
+
+
+def _find_torch_resize():
+    """Return torch's antialiased resize functions by interpolation, {} where they are missing or refuse uint8."""
+    try:
+        functions = {
+            "bilinear": torch.ops.aten._upsample_bilinear2d_aa,
+            "bicubic": torch.ops.aten._upsample_bicubic2d_aa,
+        }
+        sample = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+        for function in functions.values():
+            function(sample, [2, 2], False, None, None)
+        return functions
+    except (AttributeError, RuntimeError):
+        return {}
+
+
+_TORCH_RESIZE = _find_torch_resize()
+
+
+class JpegHeader:
+    """Size of a JPEG image and where its file says so; `None` from `parse` for what only PIL should decode."""
+
+    _FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive: Huffman-coded
+    _OTHER_FRAMES = (0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
+
+    def __init__(self, height, width, height_at):
+        self.height, self.width, self.height_at = height, width, height_at
+
+    @classmethod
+    def parse(cls, data):
+        """Read the frame header of `data` (bytes); 8 bit grey or three components, and a complete file, or None."""
+        if data[:2] != b"\xff\xd8" or data.rstrip(b"\0")[-2:] != b"\xff\xd9":
+            return None
+        at = 2
+        while at + 9 < len(data) and data[at] == 0xFF:
+            marker = data[at + 1]
+            if marker in cls._FRAMES:
+                height, width = data[at + 5] << 8 | data[at + 6], data[at + 7] << 8 | data[at + 8]
+                usable = data[at + 4] == 8 and data[at + 9] in (1, 3) and height and width
+                return cls(height, width, at + 5) if usable else None
+            if marker in cls._OTHER_FRAMES or marker == 0xDA:
+                return None
+            at += 1 if marker == 0xFF else 2 + (data[at + 2] << 8 | data[at + 3])
+        return None
+
+
+class EncodedImage:
+    """An image file's bytes, whose size is known before its pixels are decoded.
+
+    Raises:
+        OSError, ValueError, SyntaxError, Image.DecompressionBombError: as PIL does for the same bytes.
+    """
+
+    def __init__(self, data):
+        self._data = data
+        self._header = JpegHeader.parse(data) if simplejpeg is not None else None
+        if self._header is not None:
+            self.height, self.width = self._header.height, self._header.width
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit and self.height * self.width > 2 * limit:
+                raise Image.DecompressionBombError("{} x {} pixels".format(self.width, self.height))
+        else:
+            self._image = Image.open(io.BytesIO(data))
+            self.width, self.height = self._image.size
+
+    def rows(self, end):
+        """Return uint8 RGB pixels [rows, width, 3] as numpy; those below row `end` need not be there."""
+        if self._header is not None:
+            data, at = bytearray(self._data), self._header.height_at
+            # libjpeg stops after the rows that the header promises; two more give the last row its chroma context.
+            height = min(self.height, end + 2)
+            data[at], data[at + 1] = height >> 8, height & 255
+            try:
+                return simplejpeg.decode_jpeg(data, "RGB", strict=False)
+            except ValueError:
+                self._image = Image.open(io.BytesIO(self._data))  # PIL has the last word on a damaged file
+        return np.asarray(self._image.convert("RGB"))
+
+
+def _resize(pixels, box, size, interpolation):
+    """Return the part `box` (top, left, height, width) of uint8 [H, W, 3] as numpy `pixels`, resized to `size`.
+
+    The result is a uint8 tensor [size[0], size[1], 3].
+    """
+    top, left, height, width = box
+    if interpolation not in _TORCH_RESIZE:
+        corner_box = (left, top, left + width, top + height)
+        image = Image.fromarray(pixels).resize((size[1], size[0]), _PIL_FILTERS[interpolation], box=corner_box)
+        return torch.from_numpy(np.array(image))
+    # A sliced view costs the kernel 2.5 times as long as a copy of the slice.
+    part = np.ascontiguousarray(pixels[top : top + height, left : left + width])
+    image = torch.from_numpy(part).permute(2, 0, 1).unsqueeze(0)
+    return _TORCH_RESIZE[interpolation](image, list(size), False, None, None)[0].permute(1, 2, 0)
+
+
+class RandomResizedCrop:
+    """Training transform: a random box of the image, resized to a square, perhaps flipped, perhaps augmented.
+
+    The box is drawn as torchvision's RandomResizedCrop draws it (Szegedy et al., 2014). Randomness comes from Python's
+    `random` alone; `augment` may use numpy's and torch's generators too.
+
+    Args:
+        size: side of the result in pixels.
+        interpolation: "bilinear", "bicubic", or "random" for one of the two each time.
+        scale, ratio: range of the box's share of the image area, and of its width / height.
+        flip: probability of a horizontal flip.
+        augment: function from a PIL image to a PIL image of the same size, or None.
+    """
+
+    def __init__(self, size, interpolation="bilinear", scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, augment=None):
+        if interpolation not in INTERPOLATIONS:
+            raise UserError("interpolation {!r} is none of {}".format(interpolation, ", ".join(INTERPOLATIONS)))
+        self.size, self.interpolation, self.scale, self.flip, self.augment = size, interpolation, scale, flip, augment
+        self.log_ratio = (math.log(ratio[0]), math.log(ratio[1]))
+
+    def box(self, height, width):
+        """Draw (top, left, height, width) of a box in an image of `height` x `width` pixels."""
+        for _ in range(10):
+            area = height * width * random.uniform(*self.scale)
+            ratio = math.exp(random.uniform(*self.log_ratio))
+            w, h = int(round(math.sqrt(area * ratio))), int(round(math.sqrt(area / ratio)))
+            if 0 < w <= width and 0 < h <= height:
+                return random.randint(0, height - h), random.randint(0, width - w), h, w
+        shortest, longest = math.exp(self.log_ratio[0]), math.exp(self.log_ratio[1])
+        w = int(round(min(width, height * longest))) or 1
+        h = int(round(min(height, width / shortest))) or 1
+        return (height - h) // 2, (width - w) // 2, h, w
+
+    def __call__(self, image, out):
+        """Write the transformed `image` (an `EncodedImage`) into `out`, a uint8 tensor [size, size, 3]."""
+        box = self.box(image.height, image.width)
+        flip = random.random() < self.flip
+        interpolation = self.interpolation
+        if interpolation == "random":
+            interpolation = random.choice(("bilinear", "bicubic"))
+        result = _resize(image.rows(box[0] + box[2]), box, (self.size, self.size), interpolation)
+        if flip:
+            result = result.flip(1)
+        if self.augment is not None:
+            result = torch.from_numpy(np.array(self.augment(Image.fromarray(result.numpy()))))
+        out.copy_(result)
+
+
+class CenterCrop:
+    """Evaluation transform: the shorter side resized to `resize` pixels, then the central square of `size` pixels."""
+
+    def __init__(self, size, resize, interpolation="bilinear"):
+        if resize < size:
+            raise UserError("the shorter side ({} pixels) is smaller than the crop ({})".format(resize, size))
+        self.size, self.resize, self.interpolation = size, resize, interpolation
+
+    def __call__(self, image, out):
+        """Write the transformed `image` (an `EncodedImage`) into `out`, a uint8 tensor [size, size, 3]."""
+        shorter = min(image.height, image.width)
+        height, width = (self.resize * side // shorter for side in (image.height, image.width))
+        whole = (0, 0, image.height, image.width)
+        result = _resize(image.rows(image.height), whole, (height, width), self.interpolation)
+        top, left = int(round((height - self.size) / 2)), int(round((width - self.size) / 2))
+        out.copy_(result[top : top + self.size, left : left + self.size])

@@ -1,0 +1,386 @@
+"""Feeding the device: class folders, the order of samples, worker processes, batches on the device.
+
+Workers write uint8 pixels into batches in shared memory; only the number of the batch travels back. The device takes
+the bytes and normalises them. The order of samples and every random draw are functions of (seed, epoch, position),
+never of workers or ranks.
+"""
+
+import inspect
+import os
+import random
+import signal
+import time
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from common.decode import EncodedImage
+from common.errors import UserError, printable
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+PADDING = -1  # target of a row that only fills up a batch
+UNREADABLE = -2  # target of a validation image that could not be decoded
+
+
+def import_torchvision():
+    """Return torchvision, also where its wheel was built for CUDA and torch was not.
+
+    Such a wheel cannot load its compiled operators, and its import stops at the first one that is not declared. Our
+    transforms use none of them, so declaring their signatures is enough.
+    """
+    try:
+        import torchvision
+    except RuntimeError:
+        schemas = import_torchvision.schemas = torch.library.Library("torchvision", "FRAGMENT")
+        schemas.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        schemas.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision
+    return torchvision
+
+
+def add_arguments(parser):
+    """Declare the options of data and of loading it."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", "--data-path", "--data_path", metavar="DIR", help="folder with train/ and val/")
+    group.add_argument("--synthetic", action="store_true", help="random images held in memory instead of --data")
+    group.add_argument("-j", "--workers", type=int, metavar="N", help="decoding processes per rank (default: cores)")
+    group.add_argument("--num-classes", type=int, metavar="N", help="default: the folders of train/; 1000 without")
+    group.add_argument("--max-bad-images", type=float, default=0.001, metavar="SHARE", help="of the set, see README")
+
+
+def check_arguments(args):
+    """Raise UserError where the options of data contradict each other or the folders are not there."""
+    if not args.data and not args.synthetic:
+        raise UserError("--data DIR is missing (or --synthetic for random images)")
+    if args.evaluate and not args.resume:
+        raise UserError("--evaluate needs --resume FILE")
+    if args.evaluate and args.synthetic:
+        raise UserError("--evaluate needs the images of --data, not --synthetic ones")
+    for name in ("resume", "pretrained"):
+        path = getattr(args, name)
+        if path and not os.path.isfile(path):
+            raise UserError("--{}: there is no file {}".format(name, path))
+    if not args.synthetic:
+        check_folder(args.data, *(["val"] if args.evaluate else ["train", "val"] if args.eval_freq else ["train"]))
+
+
+def classes_of(content, args):
+    """Return the class names of a checkpoint where an evaluation has no train/ folder to take them from."""
+    if args.evaluate and content and not os.path.isdir(os.path.join(args.data, "train")):
+        return content.get("classes")
+    return None
+
+
+def class_names(args, loader):
+    """Return the names of all classes; numbers stand for those that `--num-classes` has beyond the folders.
+
+    Raises:
+        UserError: `--num-classes` is smaller than the number of class folders.
+    """
+    names = [] if args.synthetic else list(loader.images.classes)
+    count = args.num_classes or len(names) or 1000
+    if count < len(names):
+        raise UserError("--num-classes {} is less than the {} class folders of {}".format(count, len(names), args.data))
+    return names + [str(number) for number in range(len(names), count)]
+
+
+def _class_names(folder):
+    try:
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    except OSError as error:
+        raise UserError("{}: {}".format(folder, error.strerror)) from None
+
+
+class ImageFolder:
+    """The images of DIR/train or DIR/val, one sub-folder per class, in torchvision's order.
+
+    Attributes:
+        classes: sorted list of the class names of train/, also for val/.
+        targets: numpy int64 [n].
+    """
+
+    def __init__(self, root, split, classes=None):
+        """Scan the folder.
+
+        Args:
+            root: the folder that holds train/ and val/.
+            split: "train" or "val".
+            classes: names that replace those of train/ (an evaluation where only val/ is at hand).
+
+        Raises:
+            UserError: a folder is missing or empty, or val/ has a class that train/ does not know.
+        """
+        self.folder = os.path.join(root, split)
+        check_folder(root, split)
+        found = _class_names(self.folder)
+        self.classes = classes or (_class_names(os.path.join(root, "train")) if split != "train" else found)
+        known = {name: target for target, name in enumerate(self.classes)}
+        unknown = [name for name in found if name not in known]
+        if unknown:
+            raise UserError(
+                "{} has {} class folders that train/ does not know: {}".format(
+                    self.folder, len(unknown), printable(", ".join(unknown[:5]))
+                )
+            )
+        paths, targets = [], []
+        for name in found:
+            for folder, _, files in sorted(os.walk(os.path.join(self.folder, name), followlinks=True)):
+                inside = os.path.relpath(folder, self.folder)
+                chosen = sorted(file for file in files if file.lower().endswith(EXTENSIONS))
+                paths += [os.fsencode(os.path.join(inside, file)) for file in chosen]
+                targets += [known[name]] * len(chosen)
+        if not paths:
+            raise UserError("{} has no images ({})".format(self.folder, " ".join(EXTENSIONS)))
+        # A list of a million strings would be copied into every worker, page by page, as its counts are touched.
+        self._paths = np.frombuffer(b"".join(paths), dtype=np.uint8)
+        self._ends = np.cumsum([len(path) for path in paths])
+        self.targets = np.array(targets, dtype=np.int64)
+
+    def __len__(self):
+        return len(self.targets)
+
+    def path(self, index):
+        """Return the path of image `index`."""
+        start = self._ends[index - 1] if index else 0
+        return os.path.join(self.folder, os.fsdecode(self._paths[start : self._ends[index]].tobytes()))
+
+
+def check_folder(root, *splits):
+    """Raise UserError where DIR or one of its `splits` is missing or has no class folders."""
+    if not os.path.isdir(root):
+        raise UserError("data set {} is not a folder".format(root))
+    for split in splits:
+        folder = os.path.join(root, split)
+        if not os.path.isdir(folder):
+            raise UserError("data set {} has no {}/ folder".format(root, split))
+        if not _class_names(folder):
+            raise UserError("{} has no class folders (one sub-folder of images per class)".format(folder))
+
+
+def epoch_order(length, seed, epoch, repeats=1):
+    """Return the order of an epoch's samples, numpy int64 [length * repeats]: a permutation, each entry repeated.
+
+    A repeated entry's copies stand side by side, so that they reach different ranks (Hoffer et al., 2019).
+    """
+    order = np.random.RandomState([seed % 2**32, epoch]).permutation(length)
+    return np.repeat(order, repeats)
+
+
+class _Batches:
+    """Sampler: this rank's batches of one epoch, as (slot, epoch, positions, indices)."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __iter__(self):
+        loader = self.loader
+        for number, positions in enumerate(loader.rank_positions()):
+            yield number % loader.slots, loader.epoch, positions, loader.order[positions]
+
+
+class _BatchWriter(torch.utils.data.Dataset):
+    """Data set of whole batches: item (slot, epoch, positions, indices) is written into the shared batch `slot`."""
+
+    def __init__(self, images, transform, pixels, targets, seed, training):
+        self.images, self.transform, self.pixels, self.targets = images, transform, pixels, targets
+        self.seed, self.training = seed, training
+
+    def __getitem__(self, request):
+        slot, epoch, positions, indices = request
+        bad = []
+        for row, (position, index) in enumerate(zip(positions.tolist(), indices.tolist())):
+            if self.training:
+                _seed_draws(self.seed, epoch, position)
+            self.targets[slot, row] = self._load(index, self.pixels[slot, row], bad)
+        self.targets[slot, len(indices) :] = PADDING
+        return slot, len(indices), bad
+
+    def _load(self, index, out, bad):
+        """Write image `index` into `out` and return its target; in training a bad one is replaced by the next."""
+        for candidate in range(index, index + len(self.images)):
+            candidate %= len(self.images)
+            try:
+                with open(self.images.path(candidate), "rb") as file:
+                    self.transform(EncodedImage(file.read()), out)
+                return int(self.images.targets[candidate])
+            except Exception as error:  # decoders raise anything; what it was is reported
+                bad.append((candidate, "{}: {}".format(type(error).__name__, error)))
+                if not self.training:
+                    out.zero_()
+                    return UNREADABLE
+        raise UserError("no image of {} can be read".format(self.images.folder))
+
+
+def _seed_draws(seed, epoch, position):
+    key = ((seed * 1000003 + epoch) << 40) + position
+    random.seed(key)
+    np.random.seed((key ^ key >> 32) % 2**32)
+    torch.default_generator.manual_seed(key % 2**63)
+
+
+def _start_worker(_):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the rank decides when to end, and ends its workers
+    torch.set_num_threads(1)
+
+
+def _as_is(item):
+    return item
+
+
+class Loader:
+    """Batches of an `ImageFolder` on the device: float32 images [B, 3, S, S] and int64 targets [B].
+
+    In training every rank takes every world_size-th sample of the epoch's order. In evaluation rank r takes the images
+    r, r + world_size, ..., each once; the last batch is padded to the common shape with targets `PADDING`.
+
+    Attributes:
+        steps: number of batches of an epoch.
+        bad: dict from image index to the reason why it could not be read, of this rank.
+    """
+
+    def __init__(self, device, images, transform, args, mean, std, training, repeats=1):
+        """Set up shared memory; the workers start with the first epoch.
+
+        Args:
+            device: the `common.device.Device`.
+            images: the `ImageFolder`.
+            transform: called as `transform(EncodedImage, out)` with `out` uint8 [S, S, 3].
+            args: `batch_size` per rank, `workers`, `seed`, `max_bad_images`.
+            mean, std: of the channels, in units of 1 = white.
+            training: shuffled and without padding, or in order and padded.
+            repeats: how often each image stands in an epoch (repeated augmentation); the epoch keeps its length.
+
+        Raises:
+            UserError: fewer images than ranks, or too little shared memory.
+        """
+        self.device, self.images, self.training, self.repeats = device, images, training, repeats
+        self.seed, self.world = args.seed, device.ranks.world_size
+        self.batch_size = args.batch_size
+        self.bad, self._budget = {}, args.max_bad_images * len(images)
+        self.epoch, self.start = 0, 0
+        self.wait_seconds = 0.0
+        self.order = np.arange(len(images))
+        if not training:
+            self.batch_size = min(self.batch_size, -(-len(images) // self.world))
+        self.steps = self.steps_from(0)
+        if self.steps == 0:
+            raise UserError("{} has {} images: too few for {} ranks".format(images.folder, len(images), self.world))
+        workers = default_workers(device) if args.workers is None else args.workers
+        prefetch = 2
+        self.slots = max(1, workers) * prefetch + 3  # in work, handed over, and two being copied to the device
+        shape = (self.slots, self.batch_size, transform.size, transform.size, 3)
+        _check_shared_memory(int(np.prod(shape)), workers)
+        self._pixels = torch.zeros(shape, dtype=torch.uint8).share_memory_()
+        self._targets = torch.zeros(shape[:2], dtype=torch.int64).share_memory_()
+        scale = 1 / (255 * torch.tensor(std))
+        self._scale = scale.view(1, 3, 1, 1).to(device.torch_device)
+        self._shift = (-torch.tensor(mean) * 255 * scale).view(1, 3, 1, 1).to(device.torch_device)
+        options = {"num_workers": workers, "collate_fn": _as_is, "worker_init_fn": _start_worker}
+        if workers:
+            newer = {"prefetch_factor": prefetch, "persistent_workers": True}
+            known = inspect.signature(DataLoader.__init__).parameters
+            options.update((name, value) for name, value in newer.items() if name in known)
+        writer = _BatchWriter(images, transform, self._pixels, self._targets, self.seed, training)
+        self._batches = DataLoader(writer, batch_size=None, sampler=_Batches(self), **options)
+
+    def __len__(self):
+        return len(self.images)
+
+    def steps_from(self, start):
+        """Return how many batches an epoch has from sample `start` on.
+
+        The last one is smaller than the others; in training it is left out when a rank would get fewer than 2 images,
+        which BatchNorm cannot take.
+        """
+        left = len(self.images) - start
+        whole, rest = divmod(left, self.batch_size * self.world)
+        return whole + (rest > 0 if not self.training else rest >= 2 * self.world)
+
+    def rank_positions(self):
+        """Yield this rank's positions in the epoch's order, numpy int64, batch by batch."""
+        total = self.batch_size * self.world
+        for step in range(self.steps_from(self.start)):
+            first = self.start + step * total
+            yield np.arange(first + self.device.ranks.rank, min(first + total, len(self.images)), self.world)
+
+    def batches(self, epoch=0, start=0):
+        """Yield (images, targets) of `epoch`, beginning at sample `start` of its order.
+
+        Raises:
+            UserError: more images were bad than `max_bad_images` allows.
+        """
+        self.epoch, self.start = epoch, start
+        if self.training:
+            self.order = epoch_order(len(self.images), self.seed, epoch, self.repeats)[: len(self.images)]
+        batches = iter(self._batches)
+        for _ in range(self.steps_from(start)):
+            started = time.perf_counter()
+            slot, count, bad = next(batches)
+            self._note_bad(bad)
+            rows = count if self.training else self.batch_size
+            batch = self._to_device(self._pixels[slot, :rows]), self._targets[slot, :rows].to(self.device.torch_device)
+            self.wait_seconds += time.perf_counter() - started
+            yield batch
+
+    def _to_device(self, pixels):
+        # uint8 crosses the bus; the permuted view is channels_last, which the device keeps where it likes it.
+        images = pixels.to(self.device.torch_device).permute(0, 3, 1, 2)
+        if not self.device.likes_channels_last:
+            images = images.contiguous()
+        return images.to(torch.float32).mul_(self._scale).add_(self._shift)
+
+    def _note_bad(self, bad):
+        for index, reason in bad:
+            if index not in self.bad:
+                print("[Warning] {} cannot be read: {}".format(printable(self.images.path(index)), printable(reason)))
+            self.bad[index] = reason
+        if self.training and len(self.bad) > self._budget:
+            listed = "; ".join(self.images.path(index) for index in sorted(self.bad)[:20])
+            raise UserError(
+                "{} images of {} cannot be read, more than --max-bad-images {:g} allows: {}".format(
+                    len(self.bad), self.images.folder, self._budget, printable(listed)
+                )
+            )
+
+
+class SyntheticLoader:
+    """One batch of random images and targets, held on the device, again and again."""
+
+    def __init__(self, device, size, num_classes, args):
+        generator = torch.Generator().manual_seed(args.seed + device.ranks.rank)
+        shape = (args.batch_size, 3, size, size)
+        self._images = device.prepare(torch.randn(shape, generator=generator))
+        self._targets = torch.randint(num_classes, (args.batch_size,), generator=generator).to(device.torch_device)
+        self.training, self.batch_size, self.wait_seconds, self.bad = True, args.batch_size, 0.0, {}
+        self.world = device.ranks.world_size
+        self.steps = max(1, 1281167 // (args.batch_size * self.world))  # an epoch of ImageNet
+
+    def __len__(self):
+        return self.steps * self.batch_size * self.world
+
+    def steps_from(self, start):
+        """Return how many batches an epoch has from sample `start` on."""
+        return self.steps - start // (self.batch_size * self.world)
+
+    def batches(self, epoch=0, start=0):
+        """Yield the same (images, targets) as often as an epoch has steps."""
+        for _ in range(self.steps_from(start)):
+            yield self._images, self._targets
+
+
+def default_workers(device):
+    """Return how many decoding processes a rank gets when nobody says: its share of the cores, 16 at the most."""
+    return max(1, min(16, (os.cpu_count() or 1) // device.ranks.local_world_size))
+
+
+def _check_shared_memory(size, workers):
+    folder = "/dev/shm"
+    if workers and os.path.isdir(folder):
+        status = os.statvfs(folder)
+        free = status.f_bavail * status.f_frsize
+        if size > free:
+            raise UserError(
+                "batches in shared memory need {:.0f} MB, {} has {:.0f} MB free: fewer --workers, a smaller batch, "
+                "or a container with --ipc=host or --shm-size".format(size / 1e6, folder, free / 1e6)
+            )

@@ -1,0 +1,170 @@
+#!/usr/bin/env bash
+# Everything mechanical about the 40 scripts: options, output folder, ranks, result files, exit status.
+#   launch.sh SCRIPT [option of the user ...] -- [flag of the recipe ...]
+# Mode and number of cards come from the script's name (train_<mode>_<n>p.sh), the network from its folder.
+set -euo pipefail
+
+common=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+script=$1
+shift
+test_dir=$(cd "$(dirname "$script")" && pwd)
+bundle=$(dirname "$test_dir")
+name=$(basename "$script" .sh)
+mode=${name#train_}
+mode=${mode%_*}
+rank_size=${name##*_}
+rank_size=${rank_size%p}
+python=${PYTHON:-python3}
+
+fail() { # message, exit status
+    printf '[Error] %s\n' "$1" >&2
+    exit "${2:-1}"
+}
+
+main_flags() { # the flags of main.py, read from the source: importing torch to refuse a typing error would take seconds
+    sed -n '/add_argument(/,/)/p' "$bundle/main.py" "$common"/*.py | grep -oE '"--?[a-zA-Z][a-zA-Z0-9_-]*"' | tr -d '"' | sort -u
+}
+
+script_options="--data_path= --device_id= --batch_size= --epochs= --learning_rate= --workers= --resume= --max_steps= \
+--device=npu|gpu|cpu --rank_size= --output_dir= --dry-run --help"
+
+usage() {
+    printf 'usage: bash %s [option ...]\n\n' "$script"
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$script"
+    printf '\noptions of the script:\n  %s\n' "$script_options"
+    printf 'flags of main.py (explained by python3 main.py --help), which win over the recipe:\n'
+    main_flags | tr '\n' ' ' | fold -s -w 100 | sed 's/^/  /'
+    printf '\n'
+}
+
+# --- options: those of the script become flags of main.py; all flags of the user follow the recipe's and so win
+data='' resume='' device_id=${ASCEND_DEVICE_ID:-0} dry_run='' epochs='' max_steps=''
+user=() known=" $(main_flags | tr '\n' ' ') "
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+    word=$1 option=${1%%=*}
+    shift
+    case $option in
+    --help | -h)
+        usage
+        exit 0
+        ;;
+    --dry-run)
+        dry_run=1
+        continue
+        ;;
+    --data_path | --data-path | --data | --device_id | --rank_size | --resume | --batch_size | --batch-size | --epochs | \
+        --epoch | --learning_rate | --max_steps | --max-steps)
+        if [ "$word" != "$option" ]; then
+            value=${word#*=}
+        elif [ $# -gt 0 ] && [ "$1" != -- ]; then
+            value=$1
+            shift
+        else
+            fail "$option needs a value" 2
+        fi
+        ;;
+    -*)
+        [[ $known == *" $option "* || $option =~ ^-[0-9] ]] ||
+            fail "unknown option $option; valid are: $script_options $(main_flags | tr '\n' ' ')" 2
+        ;;
+    esac
+    case $option in
+    --data_path | --data-path | --data) data=$value ;;
+    --device_id) device_id=$value ;;
+    --rank_size) rank_size=$value ;;
+    --resume) resume=$value ;;
+    --batch_size | --batch-size) user+=(--batch-size "$value" --cpu-batch-size "$value") ;;
+    --epochs | --epoch) epochs=$value user+=(--epochs "$value") ;;
+    --learning_rate) user+=(--lr "$value") ;;
+    --max_steps | --max-steps) max_steps=$value user+=(--max-steps "$value" --cpu-max-steps "$value") ;;
+    *) user+=("$word") ;;
+    esac
+done
+shift
+[[ $rank_size =~ ^[1-9][0-9]*$ ]] || fail "--rank_size=$rank_size is not a number of cards" 2
+[[ $device_id =~ ^[0-9]+$ ]] || fail "--device_id=$device_id is not the number of a card" 2
+# Whole epochs that the user asks for are not cut short on a CPU.
+[ -z "$epochs" ] || [ -n "$max_steps" ] || user+=(--cpu-max-steps 0)
+
+# --- what the mode needs
+output=$test_dir/output/$device_id
+if [ -n "$data" ]; then
+    user+=(--data "$data")
+elif [ "$mode" = performance ]; then
+    user+=(--synthetic)
+else
+    fail 'para "data_path" must be config'
+fi
+case $mode in
+eval | finetune)
+    if [ -z "$resume" ]; then
+        for file in "$bundle" "$output" "$output".prev-*; do
+            [ ! -f "$file/model_best.pth.tar" ] || resume=$file/model_best.pth.tar
+            [ ! -f "$bundle/model_best.pth.tar" ] || break
+        done
+        [ -n "$resume" ] || fail "no model_best.pth.tar in $bundle: train first, or give --resume=FILE"
+    fi
+    [ -f "$resume" ] || fail "--resume: there is no file $resume"
+    ;;
+esac
+"$python" -c 'import importlib.util as i, sys; sys.exit(any(i.find_spec(n) is None for n in ("torch", "numpy", "PIL")))' ||
+    fail "torch, numpy or pillow is missing for $python: pip install -r $bundle/requirements.txt"
+
+# --- a fresh output folder; what an earlier run left is kept beside it
+if [ -z "$dry_run" ]; then
+    if ! mkdir -p "$test_dir/output" 2>/dev/null || [ ! -w "$test_dir/output" ]; then
+        fail "$test_dir/output cannot be written"
+    fi
+    if [ -e "$output" ]; then
+        previous=$output.prev-$(date +%Y%m%d-%H%M%S)
+        while [ -e "$previous" ]; do previous+=x; done
+        mv "$output" "$previous"
+        [ "${resume#"$output"/}" = "$resume" ] || resume=$previous/${resume#"$output"/}
+    fi
+    mkdir "$output"
+fi
+case $mode in
+eval) user+=(--evaluate --resume "$resume") ;;
+finetune) user+=(--pretrained "$resume") ;;
+*) [ -z "$resume" ] || user+=(--resume "$resume") ;;
+esac
+
+# --- ranks
+if [ "$rank_size" -gt 1 ]; then
+    cards=$(seq -s, 0 $((rank_size - 1)))
+    ranks=(--multiprocessing-distributed --device-list "$cards")
+else
+    ranks=(--device-list "$device_id")
+fi
+# shellcheck source=common/npu_env.sh
+source "$common/npu_env.sh"
+command=("$python" -u "$bundle/main.py" "$@" --log-dir "$output" --log-id "$device_id" "${ranks[@]}" "${user[@]}")
+if [ -n "$dry_run" ]; then
+    printf '%q ' "${command[@]}"
+    printf '\n'
+    exit 0
+fi
+
+# --- run: everything goes to the screen and to nohup.out; a signal goes to the ranks, which save and end
+exec 4> >(tee -i "$output/nohup.out")
+tee_pid=$!
+"${command[@]}" >&4 2>&1 &
+pid=$!
+signal=0
+trap 'signal=143; kill -TERM $pid 2>/dev/null || true' TERM
+trap 'signal=130; kill -TERM $pid 2>/dev/null || true' INT
+status=0
+wait "$pid" || status=$?
+while kill -0 "$pid" 2>/dev/null; do # a trapped signal ends `wait` early
+    status=0
+    wait "$pid" || status=$?
+done
+exec 4>&-
+wait "$tee_pid" 2>/dev/null || true
+[ "$signal" = 0 ] || status=$signal
+if [ "$status" != 0 ]; then
+    printf '%s ended with status %s; the end of %s:\n' "$name" "$status" "$output/nohup.out" >&2
+    tail -n 5 "$output/nohup.out" >&2
+    exit "$status"
+fi
+PYTHONPATH=$common/.. "$python" -m common.parse_log "$output" --mode "$mode"
