@@ -142,12 +142,12 @@ class RandomResizedCrop:
         for _ in range(10):
             area = height * width * random.uniform(*self.scale)
             ratio = math.exp(random.uniform(*self.log_ratio))
-            w, h = int(round(math.sqrt(area * ratio))), int(round(math.sqrt(area / ratio)))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < w <= width and 0 < h <= height:
                 return random.randint(0, height - h), random.randint(0, width - w), h, w
         shortest, longest = math.exp(self.log_ratio[0]), math.exp(self.log_ratio[1])
-        w = int(round(min(width, height * longest))) or 1
-        h = int(round(min(height, width / shortest))) or 1
+        w = round(min(width, height * longest)) or 1
+        h = round(min(height, width / shortest)) or 1
         return (height - h) // 2, (width - w) // 2, h, w
 
     def __call__(self, image, out):
@@ -179,5 +179,5 @@ class CenterCrop:
         height, width = (self.resize * side // shorter for side in (image.height, image.width))
         whole = (0, 0, image.height, image.width)
         result = _resize(image.rows(image.height), whole, (height, width), self.interpolation)
-        top, left = int(round((height - self.size) / 2)), int(round((width - self.size) / 2))
+        top, left = round((height - self.size) / 2), round((width - self.size) / 2)
         out.copy_(result[top : top + self.size, left : left + self.size])

@@ -141,6 +141,16 @@ class Device:
         """Whether convolutions are faster on NHWC memory; on NPU that layout is an error."""
         return self.type != "npu"
 
+    def benchmark(self, wanted):
+        """Have cuDNN try its algorithms for each shape.
+
+        Raises:
+            UserError: `wanted`, and the device has no cuDNN.
+        """
+        if wanted and self.type != "cuda":
+            raise UserError("--benchmark 1 is for CUDA; {} has no algorithms to try".format(self.type))
+        torch.backends.cudnn.benchmark = bool(wanted)
+
     def prepare(self, item):
         """Return `item` (a model, or a batch of images) on the device, in the layout that its convolutions like."""
         item = item.to(self.torch_device)

@@ -39,6 +39,14 @@ def import_torchvision():
     return torchvision
 
 
+def import_torchvision_transforms():
+    """Return `torchvision.transforms`."""
+    import_torchvision()
+    from torchvision import transforms
+
+    return transforms
+
+
 def add_arguments(parser):
     """Declare the options of data and of loading it."""
     group = parser.add_argument_group("data")
@@ -247,7 +255,8 @@ class Loader:
             images: the `ImageFolder`.
             transform: called as `transform(EncodedImage, out)` with `out` uint8 [S, S, 3].
             args: `batch_size` per rank, `workers`, `seed`, `max_bad_images`.
-            mean, std: of the channels, in units of 1 = white.
+            mean: of the channels, in units of 1 = white.
+            std: likewise.
             training: shuffled and without padding, or in order and padded.
             repeats: how often each image stands in an epoch (repeated augmentation); the epoch keeps its length.
 

@@ -21,7 +21,9 @@ TERM_SECONDS = 30  # from the signal that asks a rank to end until it is killed
 def add_arguments(parser):
     """Declare the options that say how many processes there are and how they meet."""
     group = parser.add_argument_group("ranks")
-    group.add_argument("--multiprocessing-distributed", action="store_true", help="start one process per card")
+    group.add_argument(
+        "--multiprocessing-distributed", action="store_true", help="start one process per card (so do several cards)"
+    )
     group.add_argument("--device-list", metavar="IDS", help="cards of this node, e.g. '0,1,2,3' (CPU: one rank each)")
     group.add_argument("--device-num", "--device_num", type=int, metavar="N", help="number of cards of this node")
     group.add_argument("--world-size", type=int, default=1, metavar="NODES", help="number of nodes")
@@ -61,16 +63,13 @@ def needs_launch(args):
     """Return whether `main.py` was started once and has to start its ranks itself.
 
     Raises:
-        UserError: several cards or nodes were asked for without `--multiprocessing-distributed`.
+        UserError: `--rank` is no node of `--world-size`.
     """
     if are_started():
         return False
-    several = len(card_ids(args)) > 1 or args.world_size > 1
-    if several and not args.multiprocessing_distributed:
-        raise UserError("several cards or nodes need --multiprocessing-distributed (or torchrun)")
     if not 0 <= args.rank < args.world_size:
         raise UserError("--rank {} is not a node of --world-size {} nodes".format(args.rank, args.world_size))
-    return args.multiprocessing_distributed
+    return args.multiprocessing_distributed or len(card_ids(args)) > 1 or args.world_size > 1
 
 
 def _meeting_point(args):

@@ -1,0 +1,3 @@
+from .pnasnet import pnasnet5large
+
+__all__ = ["pnasnet5large"]

@@ -1,0 +1,55 @@
+"""The networks of this bundle: `getattr(models, name)(num_classes=1000, drop_path_rate=0.1)`, `name` in `__all__`."""
+
+from .smlp import smlpnet_base, smlpnet_small, smlpnet_tiny
+from .spach import (
+    spach_s_patch16_224_attn,
+    spach_s_patch16_224_conv,
+    spach_s_patch16_224_mlp,
+    spach_xs_patch16_224_attn,
+    spach_xs_patch16_224_conv,
+    spach_xs_patch16_224_mlp,
+    spach_xxs_patch16_224_attn,
+    spach_xxs_patch16_224_conv,
+    spach_xxs_patch16_224_mlp,
+)
+from .spach_ms import (
+    spach_ms_s_patch4_224_attn,
+    spach_ms_s_patch4_224_conv,
+    spach_ms_s_patch4_224_hybrid,
+    spach_ms_s_patch4_224_hybrid_plus,
+    spach_ms_s_patch4_224_mlp,
+    spach_ms_xs_patch4_224_attn,
+    spach_ms_xs_patch4_224_conv,
+    spach_ms_xs_patch4_224_hybrid,
+    spach_ms_xs_patch4_224_mlp,
+    spach_ms_xxs_patch4_224_attn,
+    spach_ms_xxs_patch4_224_conv,
+    spach_ms_xxs_patch4_224_mlp,
+)
+
+__all__ = [
+    "smlpnet_base",
+    "smlpnet_small",
+    "smlpnet_tiny",
+    "spach_ms_s_patch4_224_attn",
+    "spach_ms_s_patch4_224_conv",
+    "spach_ms_s_patch4_224_hybrid",
+    "spach_ms_s_patch4_224_hybrid_plus",
+    "spach_ms_s_patch4_224_mlp",
+    "spach_ms_xs_patch4_224_attn",
+    "spach_ms_xs_patch4_224_conv",
+    "spach_ms_xs_patch4_224_hybrid",
+    "spach_ms_xs_patch4_224_mlp",
+    "spach_ms_xxs_patch4_224_attn",
+    "spach_ms_xxs_patch4_224_conv",
+    "spach_ms_xxs_patch4_224_mlp",
+    "spach_s_patch16_224_attn",
+    "spach_s_patch16_224_conv",
+    "spach_s_patch16_224_mlp",
+    "spach_xs_patch16_224_attn",
+    "spach_xs_patch16_224_conv",
+    "spach_xs_patch16_224_mlp",
+    "spach_xxs_patch16_224_attn",
+    "spach_xxs_patch16_224_conv",
+    "spach_xxs_patch16_224_mlp",
+]

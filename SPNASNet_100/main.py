@@ -1,0 +1,210 @@
+#!/usr/bin/env python3
+"""Train, evaluate or fine-tune SPNASNet-100 on ImageNet-1k (or any folder of class folders) on NPU, CUDA or CPU.
+
+Paper: https://arxiv.org/abs/1904.02877. Recipe: SGD with momentum, cosine schedule with warm-up, label smoothing,
+colour jitter, random erasing. Published for eight NPUs: 3860.241 images/s; the Acc@1 published with it, 82.665, cannot
+be the validation accuracy: the best published one is timm's, 74.086.
+
+    python main.py --data /data/imagenet --amp
+    python main.py --data /data/imagenet --amp --multiprocessing-distributed --device-list 0,1,2,3,4,5,6,7
+    python main.py --data /data/imagenet --evaluate --resume model_best.pth.tar
+"""
+
+import argparse
+import math
+import os
+import sys
+
+import torch
+from torch import nn
+
+BUNDLE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(1, os.path.dirname(BUNDLE))
+
+import models
+from common import checkpoint, device, errors, input, logger, ranks
+from common.decode import CenterCrop, RandomResizedCrop
+from models import pretrained
+
+transforms = input.import_torchvision_transforms()
+
+NETWORK = "SPNASNet_100"
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    group = parser.add_argument_group("network and recipe")
+    group.add_argument("-a", "--arch", default="spnasnet_100", type=str.lower, choices=models.__all__)
+    group.add_argument("--image-size", type=int, default=224, metavar="PIXELS", help="val/ is resized to 8/7 of it")
+    group.add_argument("--crop-scale", type=float, default=0.08, metavar="MIN", help="smallest crop, share of the area")
+    group.add_argument("--flip", type=float, default=0.5, metavar="P", help="probability of a horizontal flip")
+    group.add_argument("--color-jitter", type=float, default=0.4, help="of brightness, contrast and saturation")
+    group.add_argument("--reprob", type=float, default=0.5, metavar="P", help="probability of random erasing")
+    group.add_argument("--epochs", "--epoch", type=int, default=150, metavar="N")
+    group.add_argument("-b", "--batch-size", type=int, default=256, metavar="N", help="per card")
+    group.add_argument("--lr", "--learning-rate", type=float, default=0.01, help="for the batch of all cards")
+    group.add_argument("--warmup-epochs", type=int, default=5, metavar="N", help="from a tenth of --lr")
+    group.add_argument("--momentum", type=float, default=0.9)
+    group.add_argument("--weight_decay", "--weight-decay", "--wd", type=float, default=1e-4)
+    group.add_argument("--label-smoothing", type=float, default=0.1)
+    group.add_argument("--eval-freq", type=int, default=1, metavar="EPOCHS", help="0: never measure val/")
+    group.add_argument("--max-steps", type=int, default=0, metavar="N", help="end the training after N steps")
+    input.add_arguments(parser)
+    device.add_arguments(parser, opt_level="O2")
+    checkpoint.add_arguments(parser)
+    logger.add_arguments(parser)
+    return parser.parse_args(argv)
+
+
+# Differs from MnasNet: colour jitter, and both interpolations
+def build_loaders(args, card, content):
+    """Return the loaders of train/ and val/; `None` for the one that the run does not need."""
+    if args.synthetic:
+        return input.SyntheticLoader(card, args.image_size, args.num_classes or 1000, args), None
+    train_loader = val_loader = None
+    if not args.evaluate:
+        jitter = transforms.ColorJitter(args.color_jitter, args.color_jitter, args.color_jitter)
+        crop = RandomResizedCrop(
+            args.image_size,
+            "random",
+            (args.crop_scale, 1.0),
+            flip=args.flip,
+            augment=jitter if args.color_jitter else None,
+        )
+        train_loader = input.Loader(card, input.ImageFolder(args.data, "train"), crop, args, MEAN, STD, training=True)
+    if args.evaluate or args.eval_freq:
+        crop = CenterCrop(args.image_size, resize=args.image_size * 8 // 7, interpolation="bicubic")
+        images = input.ImageFolder(args.data, "val", input.classes_of(content, args))
+        val_loader = input.Loader(card, images, crop, args, MEAN, STD, training=False)
+    return train_loader, val_loader
+
+
+# Differs from MnasNet: the network has neither dropout nor another BatchNorm momentum
+def build_model(args, num_classes, content, card, log):
+    """Return the model on the card, with the weights of `--pretrained` (or of `--resume` to evaluate)."""
+    model = getattr(models, args.arch)(num_classes)
+    if content is not None:
+        path = args.pretrained or args.resume
+        for line in checkpoint.load_weights(model, content, path, pretrained.convert, not args.evaluate):
+            log.line(line)
+    return card.prepare(model)
+
+
+# Copied from MnasNet/main.py:LabelSmoothing
+class LabelSmoothing(nn.Module):
+    """Cross entropy against targets of which a share `smoothing` is spread over all classes (Szegedy et al., 2015)."""
+
+    def __init__(self, smoothing):
+        super().__init__()
+        self.smoothing = smoothing
+
+    def forward(self, logits, targets):
+        log_probabilities = nn.functional.log_softmax(logits.float(), dim=1)
+        hard = nn.functional.nll_loss(log_probabilities, targets)
+        return (1 - self.smoothing) * hard - self.smoothing * log_probabilities.mean()
+
+
+class RandomErasing:
+    """Replace a random box of some images of a batch by noise, a number per pixel (Zhong et al., 2017; as timm's)."""
+
+    def __init__(self, probability):
+        self._erase = transforms.RandomErasing(probability, (0.02, 1 / 3), (0.3, 1 / 0.3), value="random")
+
+    def __call__(self, images):
+        """Return float `images` [B, 3, H, W], normalised, with the boxes erased in place."""
+        for image in images if self._erase.p else ():
+            image.copy_(self._erase(image))
+        return images
+
+
+# Differs from MnasNet: plain momentum
+def build_optimizer(args, card, model):
+    """Return the optimizer, and the learning rate as a function of the epochs done (a float)."""
+    options = {"momentum": args.momentum, "weight_decay": args.weight_decay}
+    optimizer = card.optimizer("SGD", model.parameters(), lr=args.lr, **options)
+
+    def schedule(progress):
+        if progress < args.warmup_epochs:
+            return args.lr * (0.1 + 0.9 * progress / args.warmup_epochs)
+        share = (progress - args.warmup_epochs) / max(1, args.epochs - args.warmup_epochs)
+        return args.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+
+    return optimizer, schedule
+
+
+# Differs from MnasNet: random erasing
+def train_one_epoch(epoch, model, erase, criterion, optimizer, schedule, precision, checkpoints):
+    """Train on what is left of `epoch`, a `logger.Epoch`."""
+    model.train()
+    for images, targets in epoch:
+        learning_rate = schedule(epoch.progress)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        with precision.autocast():
+            logits = model(erase(images))
+            loss = criterion(logits, targets)
+        precision.step(loss, optimizer)
+        epoch.step(loss, logits, targets, learning_rate)
+        checkpoints.after_step(epoch)
+
+
+# Copied from MnasNet/main.py:evaluate
+def evaluate(loader, model, card, log, checkpoints, epoch):
+    """Return Acc@1 in percent over every image of `loader`, in float32, the same on all ranks."""
+    card.ranks.broadcast_buffers(model)
+    model.eval()
+    counts = torch.zeros(3, dtype=torch.int64, device=card.torch_device)
+    with torch.no_grad():
+        for images, targets in loader.batches():
+            counts += logger.count_correct(model(images), targets)
+            if card.ranks.stop_asked_here():
+                break
+    card.ranks.check_stop(checkpoints.save)
+    return log.evaluation(epoch, loader, card.ranks.sum(counts))[0]
+
+
+# Differs from MnasNet: random erasing
+def main(argv=None):
+    args = parse_args(argv)
+    input.check_arguments(args)
+    if ranks.needs_launch(args):
+        return ranks.launch(args, sys.argv[1:] if argv is None else argv)
+    card = device.Device(args)
+    log = logger.Log(card, args, NETWORK)
+    content = checkpoint.read(args.resume or args.pretrained) if args.resume or args.pretrained else None
+    train_loader, val_loader = build_loaders(args, card, content)
+    classes = input.class_names(args, train_loader or val_loader)
+    initial = content if args.evaluate or not args.resume else None
+    model = build_model(args, len(classes), initial, card, log)
+    precision = device.Precision(card, args)
+    optimizer, schedule = build_optimizer(args, card, model)
+    parts = {"state_dict": model, "optimizer": optimizer, "precision": precision}
+    facts = {"arch": args.arch, "classes": classes, "args": vars(args)}
+    checkpoints = checkpoint.Checkpoints(card, args, log, BUNDLE, parts, facts)
+    log.start(args, precision)
+    if args.evaluate:
+        evaluate(val_loader, model, card, log, checkpoints, 0)
+        log.finish()
+        return card.ranks.leave()
+    if args.resume:
+        checkpoints.resume(content, args.resume)
+    criterion, erase = LabelSmoothing(args.label_smoothing), RandomErasing(args.reprob)
+    parallel_model = card.parallel(model)
+    for number in range(checkpoints.epoch, args.epochs):
+        epoch = log.train(train_loader, number, checkpoints.samples, args)
+        train_one_epoch(epoch, parallel_model, erase, criterion, optimizer, schedule, precision, checkpoints)
+        acc1 = None
+        if val_loader and ((number + 1) % args.eval_freq == 0 or epoch.is_final):
+            acc1 = evaluate(val_loader, model, card, log, checkpoints, number)
+        checkpoints.after_epoch(epoch, acc1)
+        if epoch.is_final:
+            break
+    log.finish()
+    return card.ranks.leave()
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run(main))

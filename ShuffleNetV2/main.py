@@ -1,0 +1,180 @@
+#!/usr/bin/env python3
+"""Train, evaluate or fine-tune ShuffleNetV2 on ImageNet-1k (or any folder of class folders) on NPU, CUDA or CPU.
+
+Paper: https://arxiv.org/abs/1807.11164. Recipe: SGD without momentum, cosine schedule with warm-up, colour jitter, 240
+epochs. Published for eight NPUs: 17329.326 images/s, Acc@1 66.246.
+
+    python main.py --data /data/imagenet --amp
+    python main.py --data /data/imagenet --amp --multiprocessing-distributed --device-list 0,1,2,3,4,5,6,7
+    python main.py --data /data/imagenet --evaluate --resume model_best.pth.tar
+"""
+
+import argparse
+import math
+import os
+import sys
+
+import torch
+
+BUNDLE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(1, os.path.dirname(BUNDLE))
+
+import models
+from common import checkpoint, device, errors, input, logger, ranks
+from common.decode import CenterCrop, RandomResizedCrop
+from models import pretrained
+
+transforms = input.import_torchvision_transforms()
+
+NETWORK = "ShuffleNetV2"
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    group = parser.add_argument_group("network and recipe")
+    group.add_argument("-a", "--arch", default="shufflenet_v2_x1_0", choices=models.__all__)
+    group.add_argument(
+        "--channel-shuffle", default="wock", choices=sorted(models.CHANNEL_SHUFFLE), help="same function"
+    )
+    group.add_argument("--image-size", type=int, default=224, metavar="PIXELS", help="val/ is resized to 8/7 of it")
+    group.add_argument("--crop-scale", type=float, default=0.08, metavar="MIN", help="smallest crop, share of the area")
+    group.add_argument("--flip", type=float, default=0.5, metavar="P", help="probability of a horizontal flip")
+    group.add_argument("--color-jitter", type=float, default=0.2, help="of brightness, contrast and saturation")
+    group.add_argument("--epochs", "--epoch", type=int, default=240, metavar="N")
+    group.add_argument("-b", "--batch-size", type=int, default=1024, metavar="N", help="per card")
+    group.add_argument("--learning-rate", "--lr", dest="lr", type=float, default=0.5, help="for the batch of all cards")
+    group.add_argument("--warm_up_epochs", "--warmup-epochs", dest="warmup_epochs", type=int, default=5, metavar="N")
+    group.add_argument("--momentum", type=float, default=0.0)
+    group.add_argument("--wd", "--weight-decay", dest="weight_decay", type=float, default=1e-4)
+    group.add_argument("--benchmark", type=int, default=0, choices=[0, 1], help="1: try cuDNN's algorithms (CUDA only)")
+    group.add_argument("--eval-freq", type=int, default=1, metavar="EPOCHS", help="0: never measure val/")
+    group.add_argument("--max-steps", type=int, default=0, metavar="N", help="end the training after N steps")
+    input.add_arguments(parser)
+    device.add_arguments(parser, opt_level="O2", loss_scale="64")
+    checkpoint.add_arguments(parser)
+    logger.add_arguments(parser)
+    return parser.parse_args(argv)
+
+
+# Differs from MnasNet: colour jitter
+def build_loaders(args, card, content):
+    """Return the loaders of train/ and val/; `None` for the one that the run does not need."""
+    if args.synthetic:
+        return input.SyntheticLoader(card, args.image_size, args.num_classes or 1000, args), None
+    train_loader = val_loader = None
+    if not args.evaluate:
+        jitter = transforms.ColorJitter(args.color_jitter, args.color_jitter, args.color_jitter)
+        crop = RandomResizedCrop(
+            args.image_size, scale=(args.crop_scale, 1.0), flip=args.flip, augment=jitter if args.color_jitter else None
+        )
+        train_loader = input.Loader(card, input.ImageFolder(args.data, "train"), crop, args, MEAN, STD, training=True)
+    if args.evaluate or args.eval_freq:
+        crop = CenterCrop(args.image_size, resize=args.image_size * 8 // 7)
+        images = input.ImageFolder(args.data, "val", input.classes_of(content, args))
+        val_loader = input.Loader(card, images, crop, args, MEAN, STD, training=False)
+    return train_loader, val_loader
+
+
+# Differs from MnasNet: two forms of the channel shuffle
+def build_model(args, num_classes, content, card, log):
+    """Return the model on the card, with the weights of `--pretrained` (or of `--resume` to evaluate)."""
+    model = getattr(models.CHANNEL_SHUFFLE[args.channel_shuffle], args.arch)(num_classes)
+    if content is not None:
+        path = args.pretrained or args.resume
+        for line in checkpoint.load_weights(model, content, path, pretrained.convert, not args.evaluate):
+            log.line(line)
+    return card.prepare(model)
+
+
+# Differs from MnasNet: plain SGD
+def build_optimizer(args, card, model):
+    """Return the optimizer, and the learning rate as a function of the epochs done (a float)."""
+    options = {"momentum": args.momentum, "weight_decay": args.weight_decay}
+    optimizer = card.optimizer("SGD", model.parameters(), lr=args.lr, **options)
+
+    def schedule(progress):
+        if progress < args.warmup_epochs:
+            return args.lr * (0.1 + 0.9 * progress / args.warmup_epochs)
+        share = (progress - args.warmup_epochs) / max(1, args.epochs - args.warmup_epochs)
+        return args.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+
+    return optimizer, schedule
+
+
+# Copied from MnasNet/main.py:train_one_epoch
+def train_one_epoch(epoch, model, criterion, optimizer, schedule, precision, checkpoints):
+    """Train on what is left of `epoch`, a `logger.Epoch`."""
+    model.train()
+    for images, targets in epoch:
+        learning_rate = schedule(epoch.progress)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        with precision.autocast():
+            logits = model(images)
+            loss = criterion(logits, targets)
+        precision.step(loss, optimizer)
+        epoch.step(loss, logits, targets, learning_rate)
+        checkpoints.after_step(epoch)
+
+
+# Copied from MnasNet/main.py:evaluate
+def evaluate(loader, model, card, log, checkpoints, epoch):
+    """Return Acc@1 in percent over every image of `loader`, in float32, the same on all ranks."""
+    card.ranks.broadcast_buffers(model)
+    model.eval()
+    counts = torch.zeros(3, dtype=torch.int64, device=card.torch_device)
+    with torch.no_grad():
+        for images, targets in loader.batches():
+            counts += logger.count_correct(model(images), targets)
+            if card.ranks.stop_asked_here():
+                break
+    card.ranks.check_stop(checkpoints.save)
+    return log.evaluation(epoch, loader, card.ranks.sum(counts))[0]
+
+
+# Differs from MnasNet: cross entropy without smoothing, --benchmark
+def main(argv=None):
+    args = parse_args(argv)
+    input.check_arguments(args)
+    if ranks.needs_launch(args):
+        return ranks.launch(args, sys.argv[1:] if argv is None else argv)
+    card = device.Device(args)
+    card.benchmark(args.benchmark)
+    log = logger.Log(card, args, NETWORK)
+    content = checkpoint.read(args.resume or args.pretrained) if args.resume or args.pretrained else None
+    train_loader, val_loader = build_loaders(args, card, content)
+    classes = input.class_names(args, train_loader or val_loader)
+    initial = content if args.evaluate or not args.resume else None
+    model = build_model(args, len(classes), initial, card, log)
+    precision = device.Precision(card, args)
+    optimizer, schedule = build_optimizer(args, card, model)
+    parts = {"state_dict": model, "optimizer": optimizer, "precision": precision}
+    facts = {"arch": args.arch, "classes": classes, "args": vars(args)}
+    checkpoints = checkpoint.Checkpoints(card, args, log, BUNDLE, parts, facts)
+    log.start(args, precision)
+    if args.evaluate:
+        evaluate(val_loader, model, card, log, checkpoints, 0)
+        log.finish()
+        return card.ranks.leave()
+    if args.resume:
+        checkpoints.resume(content, args.resume)
+    criterion = torch.nn.CrossEntropyLoss()
+    parallel_model = card.parallel(model)
+    for number in range(checkpoints.epoch, args.epochs):
+        epoch = log.train(train_loader, number, checkpoints.samples, args)
+        train_one_epoch(epoch, parallel_model, criterion, optimizer, schedule, precision, checkpoints)
+        acc1 = None
+        if val_loader and ((number + 1) % args.eval_freq == 0 or epoch.is_final):
+            acc1 = evaluate(val_loader, model, card, log, checkpoints, number)
+        checkpoints.after_epoch(epoch, acc1)
+        if epoch.is_final:
+            break
+    log.finish()
+    return card.ranks.leave()
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run(main))
