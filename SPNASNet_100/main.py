@@ -15,14 +15,16 @@ import math
 import os
 import sys
 
+sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import common  # noqa: F401  # before torch: it finds a torch_npu that would end the process
+
+BUNDLE = os.path.dirname(os.path.abspath(__file__))
+
 import torch
 from torch import nn
 
-BUNDLE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(1, os.path.dirname(BUNDLE))
-
 import models
-from common import checkpoint, device, errors, input, logger, ranks
+from common import checkpoint, device, errors, input, logger, ranks, weights
 from common.decode import CenterCrop, RandomResizedCrop
 from models import pretrained
 
@@ -84,11 +86,11 @@ def build_loaders(args, card, content):
 
 # Differs from MnasNet: the network has neither dropout nor another BatchNorm momentum
 def build_model(args, num_classes, content, card, log):
-    """Return the model on the card, with the weights of `--pretrained` (or of `--resume` to evaluate)."""
+    """Return the model on the card, with the weights of `--resume` or `--pretrained`."""
     model = getattr(models, args.arch)(num_classes)
     if content is not None:
-        path = args.pretrained or args.resume
-        for line in checkpoint.load_weights(model, content, path, pretrained.convert, not args.evaluate):
+        path = args.resume or args.pretrained
+        for line in weights.load(model, content, path, pretrained.convert, not args.resume):
             log.line(line)
     return card.prepare(model)
 
@@ -152,7 +154,7 @@ def train_one_epoch(epoch, model, erase, criterion, optimizer, schedule, precisi
 
 
 # Copied from MnasNet/main.py:evaluate
-def evaluate(loader, model, card, log, checkpoints, epoch):
+def evaluate(loader, model, card, log, epoch):
     """Return Acc@1 in percent over every image of `loader`, in float32, the same on all ranks."""
     card.ranks.broadcast_buffers(model)
     model.eval()
@@ -160,9 +162,6 @@ def evaluate(loader, model, card, log, checkpoints, epoch):
     with torch.no_grad():
         for images, targets in loader.batches():
             counts += logger.count_correct(model(images), targets)
-            if card.ranks.stop_asked_here():
-                break
-    card.ranks.check_stop(checkpoints.save)
     return log.evaluation(epoch, loader, card.ranks.sum(counts))[0]
 
 
@@ -174,11 +173,10 @@ def main(argv=None):
         return ranks.launch(args, sys.argv[1:] if argv is None else argv)
     card = device.Device(args)
     log = logger.Log(card, args, NETWORK)
-    content = checkpoint.read(args.resume or args.pretrained) if args.resume or args.pretrained else None
+    content = checkpoint.load(card, args, log, BUNDLE)
     train_loader, val_loader = build_loaders(args, card, content)
     classes = input.class_names(args, train_loader or val_loader)
-    initial = content if args.evaluate or not args.resume else None
-    model = build_model(args, len(classes), initial, card, log)
+    model = build_model(args, len(classes), content, card, log)
     precision = device.Precision(card, args)
     optimizer, schedule = build_optimizer(args, card, model)
     parts = {"state_dict": model, "optimizer": optimizer, "precision": precision}
@@ -186,7 +184,7 @@ def main(argv=None):
     checkpoints = checkpoint.Checkpoints(card, args, log, BUNDLE, parts, facts)
     log.start(args, precision)
     if args.evaluate:
-        evaluate(val_loader, model, card, log, checkpoints, 0)
+        evaluate(val_loader, model, card, log, 0)
         log.finish()
         return card.ranks.leave()
     if args.resume:
@@ -198,7 +196,7 @@ def main(argv=None):
         train_one_epoch(epoch, parallel_model, erase, criterion, optimizer, schedule, precision, checkpoints)
         acc1 = None
         if val_loader and ((number + 1) % args.eval_freq == 0 or epoch.is_final):
-            acc1 = evaluate(val_loader, model, card, log, checkpoints, number)
+            acc1 = evaluate(val_loader, model, card, log, number)
         checkpoints.after_epoch(epoch, acc1)
         if epoch.is_final:
             break

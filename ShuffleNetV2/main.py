@@ -14,13 +14,15 @@ import math
 import os
 import sys
 
-import torch
+sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import common  # noqa: F401  # before torch: it finds a torch_npu that would end the process
 
 BUNDLE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(1, os.path.dirname(BUNDLE))
+
+import torch
 
 import models
-from common import checkpoint, device, errors, input, logger, ranks
+from common import checkpoint, device, errors, input, logger, ranks, weights
 from common.decode import CenterCrop, RandomResizedCrop
 from models import pretrained
 
@@ -80,11 +82,11 @@ def build_loaders(args, card, content):
 
 # Differs from MnasNet: two forms of the channel shuffle
 def build_model(args, num_classes, content, card, log):
-    """Return the model on the card, with the weights of `--pretrained` (or of `--resume` to evaluate)."""
+    """Return the model on the card, with the weights of `--resume` or `--pretrained`."""
     model = getattr(models.CHANNEL_SHUFFLE[args.channel_shuffle], args.arch)(num_classes)
     if content is not None:
-        path = args.pretrained or args.resume
-        for line in checkpoint.load_weights(model, content, path, pretrained.convert, not args.evaluate):
+        path = args.resume or args.pretrained
+        for line in weights.load(model, content, path, pretrained.convert, not args.resume):
             log.line(line)
     return card.prepare(model)
 
@@ -121,7 +123,7 @@ def train_one_epoch(epoch, model, criterion, optimizer, schedule, precision, che
 
 
 # Copied from MnasNet/main.py:evaluate
-def evaluate(loader, model, card, log, checkpoints, epoch):
+def evaluate(loader, model, card, log, epoch):
     """Return Acc@1 in percent over every image of `loader`, in float32, the same on all ranks."""
     card.ranks.broadcast_buffers(model)
     model.eval()
@@ -129,9 +131,6 @@ def evaluate(loader, model, card, log, checkpoints, epoch):
     with torch.no_grad():
         for images, targets in loader.batches():
             counts += logger.count_correct(model(images), targets)
-            if card.ranks.stop_asked_here():
-                break
-    card.ranks.check_stop(checkpoints.save)
     return log.evaluation(epoch, loader, card.ranks.sum(counts))[0]
 
 
@@ -144,11 +143,10 @@ def main(argv=None):
     card = device.Device(args)
     card.benchmark(args.benchmark)
     log = logger.Log(card, args, NETWORK)
-    content = checkpoint.read(args.resume or args.pretrained) if args.resume or args.pretrained else None
+    content = checkpoint.load(card, args, log, BUNDLE)
     train_loader, val_loader = build_loaders(args, card, content)
     classes = input.class_names(args, train_loader or val_loader)
-    initial = content if args.evaluate or not args.resume else None
-    model = build_model(args, len(classes), initial, card, log)
+    model = build_model(args, len(classes), content, card, log)
     precision = device.Precision(card, args)
     optimizer, schedule = build_optimizer(args, card, model)
     parts = {"state_dict": model, "optimizer": optimizer, "precision": precision}
@@ -156,7 +154,7 @@ def main(argv=None):
     checkpoints = checkpoint.Checkpoints(card, args, log, BUNDLE, parts, facts)
     log.start(args, precision)
     if args.evaluate:
-        evaluate(val_loader, model, card, log, checkpoints, 0)
+        evaluate(val_loader, model, card, log, 0)
         log.finish()
         return card.ranks.leave()
     if args.resume:
@@ -168,7 +166,7 @@ def main(argv=None):
         train_one_epoch(epoch, parallel_model, criterion, optimizer, schedule, precision, checkpoints)
         acc1 = None
         if val_loader and ((number + 1) % args.eval_freq == 0 or epoch.is_final):
-            acc1 = evaluate(val_loader, model, card, log, checkpoints, number)
+            acc1 = evaluate(val_loader, model, card, log, number)
         checkpoints.after_epoch(epoch, acc1)
         if epoch.is_final:
             break

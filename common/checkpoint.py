@@ -1,78 +1,101 @@
-"""Checkpoint files: written whole or not at all, read without ever running code, resumed where they stopped."""
+"""Checkpoint files: written whole or not at all, and resumed where they stopped.
 
-import glob
+A run keeps its last checkpoint, the one before it, and the best. All are complete: any of them can be resumed.
+"""
+
+import copy
+import io
 import os
+import signal
 import tempfile
 import time
 
 import torch
 
-from common.errors import UserError, printable
+from common import files
+from common.errors import UserError
+from common.safe_load import read
 
 LAST = "checkpoint.pth.tar"
+PREVIOUS = "checkpoint.prev.pth.tar"
 BEST = "model_best.pth.tar"
+NAMES = (LAST, PREVIOUS, BEST)  # newest first
+AUTO = "auto"
 
 
 def add_arguments(parser):
     """Declare the options of saving and loading."""
     group = parser.add_argument_group("checkpoints")
-    group.add_argument("--resume", metavar="FILE", help="go on from this checkpoint; with --evaluate: measure it")
+    group.add_argument(
+        "--resume", metavar="FILE|auto", help="go on from FILE, or from the newest of --output-dir; see --evaluate"
+    )
     group.add_argument("--pretrained", metavar="FILE", help="start from these weights (.pth, .pth.tar, .safetensors)")
-    group.add_argument("-e", "--evaluate", action="store_true", help="measure the accuracy on val/, train nothing")
+    group.add_argument("-e", "--evaluate", action="store_true", help="measure --resume FILE on val/, train nothing")
     group.add_argument("--output-dir", "--output_dir", metavar="DIR", help="folder of the checkpoints")
     group.add_argument("--save-steps", type=int, default=0, metavar="N", help="also save every N steps of an epoch")
+    group.add_argument("--on-save-error", default="stop", choices=["stop", "continue"], help="when the disk is full")
     group.add_argument("--no-save", action="store_true", help="write no checkpoints")
 
 
-def read(path):
-    """Return what the file `path` holds, tensors on the CPU; code in the file is refused, not run.
+def load(device, args, log, default_folder):
+    """Return what the file that `--resume` or `--pretrained` names holds, or None without one.
+
+    `--resume auto` becomes the path of the newest valid checkpoint, or None. Ranks that torch's elastic launcher has
+    started again take the newest checkpoint that this run has written, if there is one.
 
     Raises:
-        UserError: no such file, damaged, or more than tensors and plain values.
+        UserError: the file cannot be read, or `auto` finds only damaged ones.
     """
-    if not os.path.isfile(path):
-        raise UserError("no checkpoint at {}".format(path))
-    try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError:
-        raise UserError("{}: pip install safetensors to read it".format(path)) from None
-    except Exception as error:  # a damaged file raises whatever its bytes happen to mean
-        text = str(error)
-        if "weights_only" in text or "Unsupported" in text:
-            raise UserError("{} holds more than tensors and plain values; it is not loaded".format(path)) from None
-        raise UserError("{} is damaged or no checkpoint ({})".format(path, text.splitlines()[0][:200])) from None
+    content = None
+    if device.ranks.is_main:
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        if args.resume == AUTO or restarted:
+            folder = _folder(args, default_folder)
+            path, content = _newest(folder, log, run=_run_id() if restarted else None)
+            if path or args.resume == AUTO:
+                args.resume = path
+            if path is None:
+                log.line("no checkpoint to go on from in {}: starting afresh".format(folder))
+    args.resume = device.ranks.gather_on_host(args.resume)[0]  # all ranks take the file that rank 0 has chosen
+    path = args.resume or args.pretrained
+    return read(path) if content is None and path else content
 
 
-def write(state, path):
-    """Write `state` to `path` so that, whatever happens, `path` is the old file or the new one, whole.
+def _folder(args, default_folder):
+    return os.path.abspath(args.output_dir or default_folder)
 
-    Raises:
-        OSError: the file could not be written; the old one is untouched.
-    """
-    temporary = "{}.tmp-{}".format(path, os.getpid())
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+
+def _run_id():
+    """Return what tells this run from others, the same after a restart by torch's elastic launcher; else None."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID")
+    return run and "{} {}".format(run, os.getppid())
+
+
+def _newest(folder, log, run=None):
+    """Return (path, content) of the newest checkpoint in `folder` (that `run` has written), or (None, None)."""
+    damaged = []
+    for name in NAMES:
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path):
+            continue
         try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise
+            content = read(path)
+        except UserError as error:
+            log.line("[Warning] {}".format(error))
+            damaged.append(name)
+            continue
+        if run is not None and content.get("run") != run:
+            continue
+        if damaged:
+            log.line("[Warning] going on from {} instead of {}".format(name, damaged[0]))
+        return path, content
+    if damaged and run is None:
+        raise UserError("no valid checkpoint in {}; move {} away to start afresh".format(folder, ", ".join(damaged)))
+    return None, None
 
 
 class Checkpoints:
-    """The checkpoints of a run: the last one, the one with the best accuracy, and where the run stands.
+    """The checkpoints of a run: the last ones, the one with the best accuracy, and where the run stands.
 
     Attributes:
         epoch: the epoch that runs or comes next, from 0.
@@ -83,35 +106,55 @@ class Checkpoints:
     def __init__(self, device, args, log, default_folder, parts, facts):
         """Check that the folder can be written, on rank 0, and remove what a killed run left half-written.
 
+        From here on SIGTERM, SIGINT and SIGHUP no longer end the process at once: it saves first.
+
         Args:
             device: the `common.device.Device`.
-            args: `output_dir`, `no_save`, `resume`, `save_steps`.
+            args: `output_dir`, `no_save`, `evaluate`, `resume`, `save_steps`, `on_save_error`.
             log: the `common.logger.Log`.
             default_folder: where `args.output_dir` is not given.
             parts: dict from name to what has a state: "state_dict" (the model), "optimizer", "precision", ...
             facts: dict of plain values that the file carries too ("arch", "classes", ...).
 
         Raises:
-            UserError: the folder cannot be written.
+            UserError: the folder cannot be written, or another run writes its checkpoints there.
         """
-        self._device, self._log, self._parts, self._facts = device, log, parts, facts
+        self._log, self._parts, self._facts = log, dict(parts, log=log), dict(facts, run=_run_id())
         self.epoch, self.samples, self.best_acc1 = 0, 0, 0.0
-        self.folder = os.path.abspath(args.output_dir or default_folder)
-        self._save_steps = args.save_steps
-        self._writes = device.ranks.is_main and not args.no_save
-        # Files of the run that is resumed are its own; those of another run are kept aside.
-        resumed_here = args.resume and os.path.dirname(os.path.abspath(args.resume)) == self.folder
-        self._own = {LAST, BEST} if resumed_here else set()
+        self._saved = self._position
+        self.folder = _folder(args, default_folder)
+        self._save_steps, self._on_save_error = args.save_steps, args.on_save_error
+        self._writes = device.ranks.is_main and not args.no_save and not args.evaluate
+        # The file that is resumed and older ones are this run's own; newer ones, and another run's, are kept aside.
+        folder, name = os.path.split(os.path.abspath(args.resume or ""))
+        resumed_here = folder == self.folder and name in NAMES
+        self._own = set(NAMES[NAMES.index(name) :] if resumed_here else ())
         if self._writes:
             self._prepare_folder()
+        device.ranks.catch_signals(self._stop)
+
+    @property
+    def _position(self):
+        return self.epoch, self.samples
+
+    def _path(self, name):
+        return os.path.join(self.folder, name)
 
     def _prepare_folder(self):
         try:
             os.makedirs(self.folder, exist_ok=True)
-            for stale in glob.glob(os.path.join(glob.escape(self.folder), "*.pth.tar.tmp-*")):
-                os.remove(stale)
+            files.lock(self.folder)
+            for name in NAMES:
+                path = self._path(name)
+                if os.path.lexists(path) and (os.path.islink(path) or not os.path.isfile(path)):
+                    raise UserError("{} is no ordinary file: move it away, or give another --output-dir".format(path))
+                files.remove_stale(path)
             with tempfile.TemporaryFile(dir=self.folder):
                 pass
+        except BlockingIOError:
+            raise UserError(
+                "another run writes its checkpoints to {}: give this one another --output-dir".format(self.folder)
+            ) from None
         except OSError as error:
             raise UserError("checkpoints cannot be written to {}: {}".format(self.folder, error.strerror)) from None
 
@@ -131,18 +174,22 @@ class Checkpoints:
         if content.get("classes") != self._facts["classes"]:
             raise UserError("{} was trained on other classes: --pretrained takes its weights".format(path))
         for name, part in self._parts.items():
-            part.load_state_dict(content[name])
+            try:
+                part.load_state_dict(_in_the_form_of(part, content[name]))
+            except Exception as error:  # each part complains in its own way
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise UserError("{} cannot be resumed: its {} does not fit ({})".format(path, name, reason)) from None
         self.epoch, self.samples, self.best_acc1 = content["epoch"], content["samples"], content["best_acc1"]
+        self._saved = self._position
         self._log.last_checkpoint = path
         self._log.line("resumed {}: epoch {}, {} samples done".format(path, self.epoch, self.samples))
 
     def after_step(self, epoch):
-        """Save when `--save-steps` says so, and when a signal asks for the end; `epoch` is the `logger.Epoch`."""
+        """Note where `epoch`, a `logger.Epoch`, stands, and save when `--save-steps` says so."""
         self.epoch, self.samples = epoch.number, epoch.samples
         if self._save_steps and epoch.steps_done % self._save_steps == 0:
             with epoch.paused():
                 self.save()
-        self._device.ranks.check_stop(self.save)
 
     def after_epoch(self, epoch, acc1):
         """Save at the end of `epoch`, a `logger.Epoch`; `acc1` is its Acc@1 in percent, or None."""
@@ -152,88 +199,95 @@ class Checkpoints:
             self.best_acc1 = acc1
         self.save(best)
 
-    def save(self, best=False):
-        """Write the last checkpoint, on rank 0, and with `best` also the best one."""
-        if not self._writes:
-            return
-        state = {name: part.state_dict() for name, part in self._parts.items()}
-        state.update(self._facts, epoch=self.epoch, samples=self.samples, best_acc1=self.best_acc1)
-        for name in (LAST, BEST) if best else (LAST,):
-            path = os.path.join(self.folder, name)
-            try:
-                self._keep_aside(name, path)
-                write(state, path)
-            except OSError as error:
-                raise UserError("{} could not be written: {}".format(path, error.strerror or error)) from None
-            self._log.last_checkpoint = path
-
-    def _keep_aside(self, name, path):
-        if name not in self._own and os.path.exists(path):
-            kept = "{}.prev-{}".format(path, time.strftime("%Y%m%d-%H%M%S"))
-            os.rename(path, kept)
-            self._log.line("{} of an earlier run is kept as {}".format(name, os.path.basename(kept)))
-        self._own.add(name)
-
-
-def _weights(content, path):
-    """Return the flat state dict inside `content`, without wrappers and `module.` prefixes."""
-    for name in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(name), dict):
-            content = content[name]
-    if not isinstance(content, dict) or not content or not all(torch.is_tensor(v) for v in content.values()):
-        raise UserError("{} holds no state dict".format(path))
-    if all(key.startswith("module.") for key in content):
-        content = {key[len("module.") :]: value for key, value in content.items()}
-    return dict(content)
-
-
-def load_weights(model, content, path, convert, may_replace_head):
-    """Load any official checkpoint of the network into `model`; return lines that say what was done.
-
-    Args:
-        model: the model; its `classifier_keys` are the prefixes of the layers whose size is the number of classes.
-        content: what `read(path)` returned.
-        path: for messages.
-        convert: the bundle's `models.pretrained.convert(state, model) -> (state, notes)`, which translates the keys of
-            other sources and raises ValueError for another network.
-        may_replace_head: whether a head of another number of classes is left as initialised (fine-tuning).
-
-    Raises:
-        UserError: the weights are of another network, or of another number of classes.
-    """
-    state = _weights(content, path)
-    try:
-        state, notes = convert(state, model)
-    except ValueError as error:
-        raise UserError("{} does not fit: {}".format(path, error)) from None
-    wanted = model.state_dict()
-    for key in [key for key in state if key in wanted and state[key].shape != wanted[key].shape]:
-        if not key.startswith(tuple(prefix + "." for prefix in model.classifier_keys)):
-            raise UserError(
-                "{} is of another network: {} is {}, not {}".format(
-                    path, key, tuple(state[key].shape), tuple(wanted[key].shape)
-                )
-            )
-        has, needs = state[key].shape[0], wanted[key].shape[0]
-        if has == needs + 1 == 1001:
-            state[key] = state[key][1:]
-            notes.append("{}: dropped class 0 (background) of {}".format(key, has))
-        elif may_replace_head:
-            del state[key]
-            notes.append("{}: {} classes in the file, {} here: starts fresh".format(key, has, needs))
-        else:
-            raise UserError("{} has {} classes, the data set has {}".format(path, has, needs))
-    fresh = tuple(prefix + "." for prefix in model.classifier_keys) if may_replace_head else ()
-    missing = [key for key in wanted if key not in state and not key.startswith(fresh)]
-    missing = [key for key in missing if not key.endswith("num_batches_tracked")]
-    unknown = [key for key in state if key not in wanted]
-    if missing or unknown:
-        raise UserError(
-            "{} is of another network: {} weights are missing ({}), {} are unknown ({})".format(
-                path, len(missing), printable(", ".join(missing[:3])), len(unknown), printable(", ".join(unknown[:3]))
-            )
+    def _stop(self, signum):
+        self.save()
+        saved = self._log.last_checkpoint
+        where = "--resume {} goes on from there".format(saved) if saved else "nothing was saved"
+        self._log.line(
+            "{} in epoch {}, {} samples done: {}".format(signal.Signals(signum).name, self.epoch, self.samples, where)
         )
-    merged = dict(wanted)
-    merged.update(state)
-    model.load_state_dict(merged)
-    return ["loaded {} of {} tensors from {}".format(len(state), len(wanted), path)] + notes
+
+    def save(self, best=False):
+        """Write the last checkpoint, on rank 0, unless nothing has changed since; with `best` also the best one.
+
+        Raises:
+            UserError: the weights are not finite, or the files cannot be written and `--on-save-error` is "stop".
+        """
+        if not self._writes or (self._position == self._saved and not best):
+            return
+        state = {name: _on_cpu(part.state_dict()) for name, part in self._parts.items()}
+        state.update(self._facts, epoch=self.epoch, samples=self.samples, best_acc1=self.best_acc1)
+        if not all(t.isfinite().all() for t in state["state_dict"].values() if t.is_floating_point()):
+            kept = self._log.last_checkpoint
+            raise UserError(
+                "the weights are not finite numbers and are not saved; {}. Try a lower learning rate, a longer "
+                "warm-up, or --opt-level O0".format("the last checkpoint is " + kept if kept else "nothing is saved")
+            )
+        try:
+            self._write(state, best)
+        except OSError as error:
+            text = "no checkpoint could be written to {}: {}; the files there are as they were".format(
+                self.folder, error.strerror or error
+            )
+            if self._on_save_error == "stop":
+                raise UserError(text + " (--on-save-error continue trains on)") from None
+            self._log.line("[Warning] {}, training goes on".format(text))
+            return
+        self._saved = self._position
+        self._log.last_checkpoint = self._path(LAST)
+
+    def _write(self, state, best):
+        """Replace the files; whatever happens, each is the old or the new one, whole.
+
+        Raises:
+            OSError: a file could not be written.
+        """
+        data = io.BytesIO()
+        torch.save(state, data)
+        temporary = files.write_beside(self._path(LAST), data.getbuffer())
+        try:
+            # The best one first: after a kill in between, the epoch that the last one repeats writes it again.
+            if best:
+                self._keep_aside(BEST)
+                files.link(temporary, self._path(BEST))
+            if LAST in self._own and os.path.isfile(self._path(LAST)):
+                files.link(self._path(LAST), self._path(PREVIOUS))
+            self._keep_aside(LAST, PREVIOUS)
+            os.replace(temporary, self._path(LAST))
+        finally:
+            files.remove(temporary)
+        files.sync(self.folder)
+
+    def _keep_aside(self, *names):
+        """Rename files of another run before the first of ours takes their place."""
+        for name in names:
+            path = self._path(name)
+            if name not in self._own and os.path.lexists(path):
+                kept = "{}.prev-{}".format(path, time.strftime("%Y%m%d-%H%M%S"))
+                while os.path.lexists(kept):
+                    kept += "x"
+                os.rename(path, kept)
+                self._log.line("{} of an earlier run is kept as {}".format(name, os.path.basename(kept)))
+            self._own.add(name)
+
+
+def _on_cpu(value):
+    """Return `value` with its tensors on the CPU: a file must open where there is no card of this kind."""
+    if torch.is_tensor(value):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        copied = copy.copy(value)  # of the same class, and with the versions that a model's state dict carries
+        copied.update((key, _on_cpu(item)) for key, item in value.items())
+        return copied
+    if isinstance(value, (list, tuple)):
+        return type(value)(_on_cpu(item) for item in value)
+    return value
+
+
+def _in_the_form_of(part, state):
+    """Return an optimizer's `state` with the form that its step has here: a file of another device may have another."""
+    groups = getattr(part, "param_groups", ())
+    if len(groups) == 0 or len(groups) != len(state["param_groups"]):
+        return state
+    forms = ({key: group[key] for key in ("fused", "foreach", "capturable") if key in group} for group in groups)
+    return dict(state, param_groups=[dict(saved, **form) for saved, form in zip(state["param_groups"], forms)])

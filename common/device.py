@@ -5,14 +5,19 @@ of them. Versions are never compared: a feature is tried, or looked for with `ha
 """
 
 import contextlib
+import inspect
+import io
+import math
 import os
 import platform
 import random
 import sys
+import warnings
 
 import numpy as np
 import torch
 
+import common
 from common import ranks as ranks_module
 from common.errors import UserError
 
@@ -28,20 +33,43 @@ def add_arguments(parser, amp=False, opt_level="O1", loss_scale=_DYNAMIC):
     group.add_argument("--opt-level", default=opt_level, choices=["O0", "O1", "O2"], help="O0: float32 throughout")
     group.add_argument("--amp-dtype", default="auto", choices=["auto", "float16", "bfloat16"])
     group.add_argument("--loss-scale", "--loss_scale", default=loss_scale, metavar="N|dynamic")
+    group.add_argument(
+        "--memory-format", default="auto", choices=["auto", "contiguous"], help="auto: channels last, but not on NPU"
+    )
     group.add_argument("--cpu-batch-size", type=int, metavar="N", help="replaces --batch-size on a CPU")
     group.add_argument("--cpu-max-steps", type=int, metavar="N", help="replaces --max-steps on a CPU")
-    group.add_argument("--fused-optimizer", action="store_true", help="the NPU's own fused optimizer")
+    group.add_argument("--fused-optimizer", action="store_true", help="the NPU's own fused optimizer (NPU only)")
+    group.add_argument(
+        "--jit-compile", default="off", choices=["auto", "on", "off"], help="NPU operators; auto: as the chip does"
+    )
     ranks_module.add_arguments(parser)
 
 
 def _npu_module():
-    """Return `torch.npu`, or None where torch_npu is missing or sees no card."""
+    """Return `torch.npu`, or None where torch_npu is missing, cannot be used, or sees no card."""
+    if common.NPU_PROBLEM:
+        return None
     if not hasattr(torch, "npu"):
         try:
             import torch_npu  # noqa: F401
         except ImportError:
             return None
-    return torch.npu if hasattr(torch, "npu") and torch.npu.is_available() else None
+    # is_available() is True even when ASCEND_RT_VISIBLE_DEVICES hides all cards.
+    return torch.npu if torch.npu.device_count() > 0 else None
+
+
+def _why_no_npu():
+    if common.NPU_PROBLEM:
+        return common.NPU_PROBLEM
+    if "torch_npu" not in sys.modules:
+        release = torch.__version__.split("+")[0]
+        return 'torch_npu is not installed for {}: pip install "torch_npu=={}.*"'.format(sys.executable, release)
+    return "torch_npu sees no card (npu-smi info lists them{})".format(_visible_devices())
+
+
+def _visible_devices():
+    visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES")
+    return "" if visible is None else "; ASCEND_RT_VISIBLE_DEVICES={} numbers those it names from 0".format(visible)
 
 
 def choose_type(name):
@@ -56,11 +84,13 @@ def choose_type(name):
         if _npu_module() is not None:
             return "npu"
         if name == "npu":
-            raise UserError("--device npu: torch_npu is not installed here or sees no card (npu-smi info lists them)")
+            raise UserError("--device npu: {}".format(_why_no_npu()))
     if torch.cuda.is_available():
         return "cuda"
     if name in ("gpu", "cuda"):
         raise UserError("--device {}: this torch sees no CUDA card (nvidia-smi lists them)".format(name))
+    if common.NPU_PROBLEM:  # who has installed torch_npu does not want to wait for a CPU
+        raise UserError("{}. --device cpu trains without it".format(common.NPU_PROBLEM))
     return "cpu"
 
 
@@ -84,21 +114,30 @@ class Device:
         self.type = choose_type(args.device)
         self.remarks = _fit_to_cpu(args) if self.type == "cpu" else []
         self.ranks = ranks_module.Ranks()
-        self.seed = args.seed
+        self.seed, self._memory_format = args.seed, args.memory_format
         ids = ranks_module.card_ids(args)
         if len(ids) != self.ranks.local_world_size:
             ids = list(range(self.ranks.local_world_size))  # torchrun said how many there are
         self._module = {"npu": _npu_module, "cuda": lambda: torch.cuda, "cpu": lambda: None}[self.type]()
+        self._fused_optimizer = args.fused_optimizer
+        if args.fused_optimizer and self.type != "npu":
+            raise UserError("--fused-optimizer is the NPU's; on {} torch's own is fused already".format(self.type))
         if self._module is None:
             self.torch_device = torch.device("cpu")
             self._share_cores()
+            if "torch_npu" in sys.modules:
+                # It would look for a card, and fail without one, wherever data-loading workers are started.
+                os.environ["ASCEND_RT_VISIBLE_DEVICES"] = ""
         else:
-            card = ids[self.ranks.local_rank]
-            count = self._module.device_count()
-            if card >= count:
-                raise UserError("card {} was asked for, this machine has {} (0 to {})".format(card, count, count - 1))
+            card, count = ids[self.ranks.local_rank], self._module.device_count()
+            if max(ids) >= count:  # the same on all ranks: the first one says it
+                visible = _visible_devices() if self.type == "npu" else ""
+                text = "card {} was asked for, this machine has {} (0 to {}){}"
+                raise UserError(text.format(max(ids), count, count - 1, visible))
             self.torch_device = torch.device(self.type, card)
             self._module.set_device(self.torch_device)
+            if self.type == "npu":
+                _set_up_npu(self._module, args.jit_compile)
         self.ranks.join(args.dist_backend or {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}[self.type])
         seed_host(args.seed)
 
@@ -134,12 +173,12 @@ class Device:
 
     def seed_step(self, step):
         """Make what follows random as a function of (seed, rank, step) alone, so that a resumed run repeats it."""
-        torch.manual_seed((self.seed * 1000003 + step) * 4096 + self.ranks.rank)
+        seed_host((self.seed * 1000003 + step) * 4096 + self.ranks.rank)
 
     @property
     def likes_channels_last(self):
         """Whether convolutions are faster on NHWC memory; on NPU that layout is an error."""
-        return self.type != "npu"
+        return self.type != "npu" and self._memory_format == "auto"
 
     def benchmark(self, wanted):
         """Have cuDNN try its algorithms for each shape.
@@ -161,7 +200,10 @@ class Device:
         if self.ranks.world_size == 1:
             return model
         device_ids = None if self._module is None else [self.torch_device.index]
-        return torch.nn.parallel.DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+        wrapper = torch.nn.parallel.DistributedDataParallel
+        newer = "forward_sync_buffers" in inspect.signature(wrapper.__init__).parameters
+        stay_local = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
+        return wrapper(model, device_ids=device_ids, **stay_local)
 
     def optimizer(self, kind, parameters, **options):
         """Return the optimizer `kind` ("SGD" or "AdamW") in the fastest form that gives torch's own result.
@@ -171,15 +213,45 @@ class Device:
             parameters: tensors or parameter groups.
             options: its arguments (lr, momentum, weight_decay, ...).
         """
+        parameters = list(parameters)  # the first of several attempts must not use a generator up
+        if self._fused_optimizer:
+            return _npu_fused_optimizer(kind)(parameters, **options)
         cls = getattr(torch.optim, kind)
-        if self.type != "npu":
-            with contextlib.suppress(TypeError, RuntimeError):  # no fused form in this torch, or not for this device
-                return cls(parameters, fused=True, **options)
-        elif self.fused_optimizer:
-            raise UserError("--fused-optimizer: not supported yet")
+        # Without a word torch_npu asks a card whether to use foreach, also where there is none.
+        forms = {"npu": (), "cuda": ({"fused": True},), "cpu": ({"fused": True}, {"foreach": False})}[self.type]
+        for form in forms:
+            with contextlib.suppress(TypeError, RuntimeError):  # not in this torch, or not for this device
+                return cls(parameters, **form, **options)
         return cls(parameters, **options)
 
-    fused_optimizer = False
+
+def _set_up_npu(npu, jit_compile):
+    """Choose how operators are run, before the first tensor is on the card."""
+    if jit_compile != "auto":
+        # The first generation compiles by default: minutes for each new shape.
+        npu.set_compile_mode(jit_compile=jit_compile == "on")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is set is no news
+        npu.config.allow_internal_format = False  # results must not depend on private memory layouts
+
+
+def _npu_fused_optimizer(kind):
+    """Return `torch_npu.optim.NpuFused<kind>`, made safe: it keeps weights and gradients in buffers of its own."""
+    import torch_npu
+
+    class Fused(getattr(torch_npu.optim, "NpuFused" + kind)):
+        def zero_grad(self, set_to_none=False):
+            super().zero_grad()  # new gradients would not lie in its buffer
+
+        def load_state_dict(self, state_dict):
+            if self.is_states_combined:
+                raise UserError("--fused-optimizer: a state can only be loaded before the first step")
+            super().load_state_dict(state_dict)
+            for state in self.state.values():
+                if "step" in state:
+                    state["step"] = int(state["step"])  # torch's own optimizers have a tensor there
+
+    return Fused
 
 
 def _fit_to_cpu(args):
@@ -231,18 +303,21 @@ class Precision:
 
     Attributes:
         label: what runs, for the log: "float32", "bfloat16", "float16, loss scale dynamic", ...
-        skipped: number of optimizer steps that were skipped because a gradient overflowed.
     """
 
     def __init__(self, device, args):
         self._device = device
         self._dtype = self._choose_dtype(device, args)
-        self._scaler = None
-        self.skipped = 0
+        self._scaler = self._overflows = None
         self.label = str(self._dtype or torch.float32).replace("torch.", "")
         if self._dtype == torch.float16:
             self._scaler = self._build_scaler(args.loss_scale)
             self.label += ", loss scale {}".format(args.loss_scale)
+
+    @property
+    def skipped(self):
+        """Number of steps that were skipped because a gradient overflowed; reading it waits for the device."""
+        return 0 if self._overflows is None else int(self._overflows.item())
 
     @staticmethod
     def _choose_dtype(device, args):
@@ -260,20 +335,23 @@ class Precision:
         return torch.float16
 
     def _build_scaler(self, loss_scale):
-        if loss_scale == _DYNAMIC:
-            options = {}
-        else:
+        options = {}
+        if loss_scale != _DYNAMIC:
             try:
-                # A fixed scale still has to skip overflowed steps, so it is a dynamic one that never grows.
-                options = {"init_scale": float(loss_scale), "growth_interval": 2**31 - 1}
+                scale = float(loss_scale)
             except ValueError:
-                raise UserError("--loss-scale {!r} is neither a number nor dynamic".format(loss_scale)) from None
-        if self._device.type == "npu" and not torch.npu.utils.is_support_inf_nan():
-            # First-generation cards flag an overflow per card: only this scaler tells the other ranks.
+                scale = math.nan
+            if not 0 < scale < math.inf:
+                raise UserError("--loss-scale {!r} is neither a number above 0 nor dynamic".format(loss_scale))
+            # A fixed scale still has to skip overflowed steps, so it is a dynamic one that never grows.
+            options = {"init_scale": scale, "growth_interval": 2**31 - 1}
+        if self._device.type == "npu":
             import torch_npu
 
-            return torch_npu.npu.amp.GradScaler(**options)
-        if hasattr(torch.amp, "GradScaler"):
+            if not torch_npu.npu.utils.is_support_inf_nan():
+                # First-generation cards flag an overflow per card: only this scaler tells the other ranks.
+                return torch_npu.npu.amp.GradScaler(**options)
+        if hasattr(torch, "amp") and hasattr(torch.amp, "GradScaler"):
             return torch.amp.GradScaler(self._device.type, **options)
         return self._device._module.amp.GradScaler(**options)
 
@@ -291,8 +369,20 @@ class Precision:
             optimizer.step()
             return
         self._scaler.scale(loss).backward()
-        self._scaler.step(optimizer)
-        self._scaler.update()
+        with self._silence():
+            self._scaler.step(optimizer)
+            self._count_overflow(optimizer)
+            self._scaler.update()
+
+    def _silence(self):
+        """torch_npu's scaler prints what it does, on every rank; the log has the number of skipped steps."""
+        prints = type(self._scaler).__module__.startswith("torch_npu")
+        return contextlib.redirect_stdout(io.StringIO()) if prints else contextlib.nullcontext()
+
+    def _count_overflow(self, optimizer):
+        # On the device: asking whether the step was skipped would wait for it.
+        (found,) = self._scaler._found_inf_per_device(optimizer).values()
+        self._overflows = found.sign() if self._overflows is None else self._overflows + found.sign()
 
     def state_dict(self):
         """Return what a checkpoint must keep: the loss scale and its counters."""

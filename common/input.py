@@ -6,6 +6,7 @@ never of workers or ranks.
 """
 
 import inspect
+import itertools
 import os
 import random
 import signal
@@ -15,10 +16,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from common.checkpoint import AUTO
 from common.decode import EncodedImage
 from common.errors import UserError, printable
+from common.folder import ImageFolder as ImageFolder  # the bundles take it from here
+from common.folder import check_folder
+from common.ranks import STOP_SIGNALS, end_with_parent
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 PADDING = -1  # target of a row that only fills up a batch
 UNREADABLE = -2  # target of a validation image that could not be decoded
 
@@ -61,13 +65,13 @@ def check_arguments(args):
     """Raise UserError where the options of data contradict each other or the folders are not there."""
     if not args.data and not args.synthetic:
         raise UserError("--data DIR is missing (or --synthetic for random images)")
-    if args.evaluate and not args.resume:
+    if args.evaluate and args.resume in (None, AUTO):
         raise UserError("--evaluate needs --resume FILE")
     if args.evaluate and args.synthetic:
         raise UserError("--evaluate needs the images of --data, not --synthetic ones")
     for name in ("resume", "pretrained"):
         path = getattr(args, name)
-        if path and not os.path.isfile(path):
+        if path and not os.path.isfile(path) and (name, path) != ("resume", AUTO):
             raise UserError("--{}: there is no file {}".format(name, path))
     if not args.synthetic:
         check_folder(args.data, *(["val"] if args.evaluate else ["train", "val"] if args.eval_freq else ["train"]))
@@ -91,79 +95,6 @@ def class_names(args, loader):
     if count < len(names):
         raise UserError("--num-classes {} is less than the {} class folders of {}".format(count, len(names), args.data))
     return names + [str(number) for number in range(len(names), count)]
-
-
-def _class_names(folder):
-    try:
-        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    except OSError as error:
-        raise UserError("{}: {}".format(folder, error.strerror)) from None
-
-
-class ImageFolder:
-    """The images of DIR/train or DIR/val, one sub-folder per class, in torchvision's order.
-
-    Attributes:
-        classes: sorted list of the class names of train/, also for val/.
-        targets: numpy int64 [n].
-    """
-
-    def __init__(self, root, split, classes=None):
-        """Scan the folder.
-
-        Args:
-            root: the folder that holds train/ and val/.
-            split: "train" or "val".
-            classes: names that replace those of train/ (an evaluation where only val/ is at hand).
-
-        Raises:
-            UserError: a folder is missing or empty, or val/ has a class that train/ does not know.
-        """
-        self.folder = os.path.join(root, split)
-        check_folder(root, split)
-        found = _class_names(self.folder)
-        self.classes = classes or (_class_names(os.path.join(root, "train")) if split != "train" else found)
-        known = {name: target for target, name in enumerate(self.classes)}
-        unknown = [name for name in found if name not in known]
-        if unknown:
-            raise UserError(
-                "{} has {} class folders that train/ does not know: {}".format(
-                    self.folder, len(unknown), printable(", ".join(unknown[:5]))
-                )
-            )
-        paths, targets = [], []
-        for name in found:
-            for folder, _, files in sorted(os.walk(os.path.join(self.folder, name), followlinks=True)):
-                inside = os.path.relpath(folder, self.folder)
-                chosen = sorted(file for file in files if file.lower().endswith(EXTENSIONS))
-                paths += [os.fsencode(os.path.join(inside, file)) for file in chosen]
-                targets += [known[name]] * len(chosen)
-        if not paths:
-            raise UserError("{} has no images ({})".format(self.folder, " ".join(EXTENSIONS)))
-        # A list of a million strings would be copied into every worker, page by page, as its counts are touched.
-        self._paths = np.frombuffer(b"".join(paths), dtype=np.uint8)
-        self._ends = np.cumsum([len(path) for path in paths])
-        self.targets = np.array(targets, dtype=np.int64)
-
-    def __len__(self):
-        return len(self.targets)
-
-    def path(self, index):
-        """Return the path of image `index`."""
-        start = self._ends[index - 1] if index else 0
-        return os.path.join(self.folder, os.fsdecode(self._paths[start : self._ends[index]].tobytes()))
-
-
-def check_folder(root, *splits):
-    """Raise UserError where DIR or one of its `splits` is missing or has no class folders."""
-    if not os.path.isdir(root):
-        raise UserError("data set {} is not a folder".format(root))
-    for split in splits:
-        folder = os.path.join(root, split)
-        if not os.path.isdir(folder):
-            raise UserError("data set {} has no {}/ folder".format(root, split))
-        if not _class_names(folder):
-            raise UserError("{} has no class folders (one sub-folder of images per class)".format(folder))
 
 
 def epoch_order(length, seed, epoch, repeats=1):
@@ -190,9 +121,9 @@ class _Batches:
 class _BatchWriter(torch.utils.data.Dataset):
     """Data set of whole batches: item (slot, epoch, positions, indices) is written into the shared batch `slot`."""
 
-    def __init__(self, images, transform, pixels, targets, seed, training):
+    def __init__(self, images, transform, pixels, targets, seed, training, tries):
         self.images, self.transform, self.pixels, self.targets = images, transform, pixels, targets
-        self.seed, self.training = seed, training
+        self.seed, self.training, self.tries = seed, training, tries
 
     def __getitem__(self, request):
         slot, epoch, positions, indices = request
@@ -206,18 +137,17 @@ class _BatchWriter(torch.utils.data.Dataset):
 
     def _load(self, index, out, bad):
         """Write image `index` into `out` and return its target; in training a bad one is replaced by the next."""
-        for candidate in range(index, index + len(self.images)):
-            candidate %= len(self.images)
+        count = len(self.images)
+        # With more bad ones than are allowed the run ends; there is no need to look for a good one.
+        for candidate in range(index, index + min(count, self.tries)):
+            candidate %= count
             try:
-                with open(self.images.path(candidate), "rb") as file:
-                    self.transform(EncodedImage(file.read()), out)
+                self.transform(EncodedImage(self.images.read(candidate)), out)
                 return int(self.images.targets[candidate])
             except Exception as error:  # decoders raise anything; what it was is reported
                 bad.append((candidate, "{}: {}".format(type(error).__name__, error)))
-                if not self.training:
-                    out.zero_()
-                    return UNREADABLE
-        raise UserError("no image of {} can be read".format(self.images.folder))
+        out.zero_()
+        return UNREADABLE
 
 
 def _seed_draws(seed, epoch, position):
@@ -228,7 +158,9 @@ def _seed_draws(seed, epoch, position):
 
 
 def _start_worker(_):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the rank decides when to end, and ends its workers
+    end_with_parent()
+    for signum in STOP_SIGNALS:  # the rank decides when to end, and ends its workers
+        signal.signal(signum, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
@@ -244,7 +176,8 @@ class Loader:
 
     Attributes:
         steps: number of batches of an epoch.
-        bad: dict from image index to the reason why it could not be read, of this rank.
+        bad: the indices of images that could not be read, of all ranks: by the run in training, else by this epoch.
+        unnamed: (path, reason) of those that the log has not named yet.
     """
 
     def __init__(self, device, images, transform, args, mean, std, training, repeats=1):
@@ -266,7 +199,8 @@ class Loader:
         self.device, self.images, self.training, self.repeats = device, images, training, repeats
         self.seed, self.world = args.seed, device.ranks.world_size
         self.batch_size = args.batch_size
-        self.bad, self._budget = {}, args.max_bad_images * len(images)
+        self.bad, self.unnamed, self._known_bad = set(), [], set()
+        self._budget = args.max_bad_images * len(images)
         self.epoch, self.start = 0, 0
         self.wait_seconds = 0.0
         self.order = np.arange(len(images))
@@ -290,7 +224,8 @@ class Loader:
             newer = {"prefetch_factor": prefetch, "persistent_workers": True}
             known = inspect.signature(DataLoader.__init__).parameters
             options.update((name, value) for name, value in newer.items() if name in known)
-        writer = _BatchWriter(images, transform, self._pixels, self._targets, self.seed, training)
+        tries = int(self._budget) + 1 if training else 1
+        writer = _BatchWriter(images, transform, self._pixels, self._targets, self.seed, training, tries)
         self._batches = DataLoader(writer, batch_size=None, sampler=_Batches(self), **options)
 
     def __len__(self):
@@ -322,15 +257,19 @@ class Loader:
         self.epoch, self.start = epoch, start
         if self.training:
             self.order = epoch_order(len(self.images), self.seed, epoch, self.repeats)[: len(self.images)]
+        else:
+            self.bad = set()
         batches = iter(self._batches)
+        ranks = self.device.ranks
         for _ in range(self.steps_from(start)):
             started = time.perf_counter()
-            slot, count, bad = next(batches)
-            self._note_bad(bad)
-            rows = count if self.training else self.batch_size
-            batch = self._to_device(self._pixels[slot, :rows]), self._targets[slot, :rows].to(self.device.torch_device)
+            slot, count, bad = ranks.wait(lambda: next(batches)) or (0, 0, [])
             self.wait_seconds += time.perf_counter() - started
-            yield batch
+            if ranks.agree(len(bad)):
+                self._note_bad(ranks.gather_on_host(bad))
+            rows = count if self.training else self.batch_size
+            targets = self._targets[slot, :rows].to(self.device.torch_device, copy=True)  # the slot is written again
+            yield self._to_device(self._pixels[slot, :rows]), targets
 
     def _to_device(self, pixels):
         # uint8 crosses the bus; the permuted view is channels_last, which the device keeps where it likes it.
@@ -339,16 +278,17 @@ class Loader:
             images = images.contiguous()
         return images.to(torch.float32).mul_(self._scale).add_(self._shift)
 
-    def _note_bad(self, bad):
-        for index, reason in bad:
-            if index not in self.bad:
-                print("[Warning] {} cannot be read: {}".format(printable(self.images.path(index)), printable(reason)))
-            self.bad[index] = reason
+    def _note_bad(self, bad_of_ranks):
+        for index, reason in sorted(itertools.chain(*bad_of_ranks)):
+            self.bad.add(index)
+            if index not in self._known_bad:
+                self._known_bad.add(index)
+                self.unnamed.append((printable(self.images.path(index)), printable(reason)))
         if self.training and len(self.bad) > self._budget:
-            listed = "; ".join(self.images.path(index) for index in sorted(self.bad)[:20])
+            listed = "; ".join(printable(self.images.path(index)) for index in sorted(self.bad)[:20])
             raise UserError(
                 "{} images of {} cannot be read, more than --max-bad-images {:g} allows: {}".format(
-                    len(self.bad), self.images.folder, self._budget, printable(listed)
+                    len(self.bad), self.images.folder, self._budget, listed
                 )
             )
 
@@ -357,11 +297,12 @@ class SyntheticLoader:
     """One batch of random images and targets, held on the device, again and again."""
 
     def __init__(self, device, size, num_classes, args):
+        self._ranks = device.ranks
         generator = torch.Generator().manual_seed(args.seed + device.ranks.rank)
         shape = (args.batch_size, 3, size, size)
         self._images = device.prepare(torch.randn(shape, generator=generator))
         self._targets = torch.randint(num_classes, (args.batch_size,), generator=generator).to(device.torch_device)
-        self.training, self.batch_size, self.wait_seconds, self.bad = True, args.batch_size, 0.0, {}
+        self.training, self.batch_size, self.wait_seconds, self.unnamed = True, args.batch_size, 0.0, []
         self.world = device.ranks.world_size
         self.steps = max(1, 1281167 // (args.batch_size * self.world))  # an epoch of ImageNet
 
@@ -375,6 +316,7 @@ class SyntheticLoader:
     def batches(self, epoch=0, start=0):
         """Yield the same (images, targets) as often as an epoch has steps."""
         for _ in range(self.steps_from(start)):
+            self._ranks.agree()
             yield self._images, self._targets
 
 

@@ -126,7 +126,8 @@ class Log:
             (Acc@1, Acc@5) in percent of all images; an image that could not be read counts as wrong.
         """
         correct1, correct5, seen = counts.tolist()
-        unreadable = sum(self.device.ranks.gather_on_host(len(loader.bad)))
+        self._name_unreadable(loader)
+        unreadable = len(loader.bad)
         assert seen + unreadable == len(loader), "{} of {} validation images were counted".format(seen, len(loader))
         acc1, acc5 = (100.0 * correct / len(loader) for correct in (correct1, correct5))
         self.line(" * Acc@1 {:.3f} Acc@5 {:.3f}".format(acc1, acc5))
@@ -136,6 +137,18 @@ class Log:
         if self._best is None or acc1 > self._best[0]:
             self._best = (acc1, acc5)
         return acc1, acc5
+
+    def _name_unreadable(self, loader):
+        while loader.unnamed:
+            self.line("[Warning] {} cannot be read: {}".format(*loader.unnamed.pop(0)))
+
+    def state_dict(self):
+        """Return what a checkpoint must keep: the best (Acc@1, Acc@5) so far."""
+        return {"best": self._best}
+
+    def load_state_dict(self, state):
+        """Take the best accuracy of the run that is resumed."""
+        self._best = state["best"]
 
     def timed(self, images, seconds, steps):
         """Add a stretch of training to the throughput of the run."""
@@ -205,6 +218,7 @@ class Epoch:
             return
         self._mark()
         for images, targets in self._loader.batches(self.number, self.samples):
+            self._log._name_unreadable(self._loader)
             self.progress = self.number + self.samples / len(self._loader)
             self._device.seed_step(self.number * len(self._loader) + self.samples)
             self.samples = min(self.samples + self._global_batch, len(self._loader))

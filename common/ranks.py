@@ -15,6 +15,7 @@ import torch.distributed as dist
 from common.errors import Stopped, UserError
 
 DEFAULT_PORT = 29688  # of several nodes; one node takes a free port, so that two jobs never collide
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 TERM_SECONDS = 30  # from the signal that asks a rank to end until it is killed
 
 
@@ -221,7 +222,7 @@ class Ranks:
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
         self._host_group = None
-        self._stop_signal = 0
+        self._stop_signal, self._waiting = 0, False
 
     @property
     def is_main(self):
@@ -230,9 +231,12 @@ class Ranks:
 
     def join(self, backend, minutes=30):
         """Join the process group; the group of the device carries tensors, a gloo group beside it host numbers."""
-        _end_with_parent()
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, self._remember)
+        if are_started():
+            end_with_parent()
+        for signum in STOP_SIGNALS:
+            # Nothing is to be saved yet. (Who started us may have chosen to ignore the end of the terminal.)
+            if signal.getsignal(signum) != signal.SIG_IGN or signum != signal.SIGHUP:
+                signal.signal(signum, signal.SIG_DFL)
         if self.world_size == 1:
             return
         timeout = datetime.timedelta(minutes=minutes)
@@ -251,31 +255,50 @@ class Ranks:
         # Host decisions must neither wait for the device nor be computed on it.
         self._host_group = dist.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else dist.group.WORLD
 
+    def catch_signals(self, save):
+        """From now on a signal does not end the process: `agree` calls `save(signum)` first, and raises `Stopped`."""
+        self._save = save
+        for signum in STOP_SIGNALS:
+            if signal.getsignal(signum) != signal.SIG_IGN:
+                signal.signal(signum, self._remember)
+
     def _remember(self, signum, frame):
         self._stop_signal = signum
+        if self._waiting:
+            self._waiting = False
+            raise _SignalArrived
 
-    def stop_asked_here(self):
-        """Return whether a signal reached this rank; the other ranks may not know yet."""
-        return self._stop_signal != 0
+    def wait(self, function):
+        """Return `function()`, or None as soon as a signal arrives: then `agree` must follow."""
+        try:
+            try:
+                self._waiting = True
+                return None if self._stop_signal else function()
+            finally:
+                self._waiting = False
+        except _SignalArrived:
+            return None
 
-    def stop_asked(self):
-        """Return the number of the signal that any rank received, or 0. All ranks must call it together."""
-        return self.max_on_host(self._stop_signal)
+    def agree(self, number=0):
+        """Return the largest `number` (int) of all ranks. All call it together before each batch.
 
-    def check_stop(self, save):
-        """Call `save()` and raise `Stopped` when any rank was asked to end. All ranks must call it together."""
-        signum = self.stop_asked()
+        Raises:
+            Stopped: a signal reached one of the ranks, and what was to be saved has been.
+        """
+        signum, number = self._max_on_host(self._stop_signal, number)
         if signum:
-            save()
+            self._save(signum)
+            self.barrier()  # a rank that ended earlier would be taken for a failure while rank 0 still writes
+            self.leave()
             raise Stopped(signum)
+        return number
 
-    def max_on_host(self, number):
-        """Return the largest `number` (int) of all ranks, without waiting for the device."""
+    def _max_on_host(self, *numbers):
         if self.world_size == 1:
-            return number
-        tensor = torch.tensor([number], dtype=torch.int64)
+            return numbers
+        tensor = torch.tensor(numbers, dtype=torch.int64)
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._host_group)
-        return int(tensor.item())
+        return tensor.tolist()
 
     def sum(self, tensor):
         """Return `tensor` summed over the ranks, in place. float64 is not for hccl: give float32 or int64."""
@@ -285,7 +308,7 @@ class Ranks:
 
     def barrier(self):
         """Wait until all ranks are here."""
-        self.max_on_host(0)
+        self._max_on_host(0)
 
     def gather_on_host(self, value):
         """Return the list of every rank's `value` (anything picklable), on all ranks."""
@@ -307,8 +330,12 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def _end_with_parent():
-    """Have the kernel end this rank when its launcher is killed, so that no rank is left alone."""
-    if sys.platform == "linux" and are_started():
+class _SignalArrived(BaseException):
+    """Ends a wait; no `except Exception` on the way may take it for an error."""
+
+
+def end_with_parent():
+    """Have the kernel end this process when the one that started it is killed, so that none is left alone."""
+    if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

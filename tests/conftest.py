@@ -1,0 +1,79 @@
+"""What the tests share: real digits to train on, and copies of bundles to run scripts in."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests import sample_data
+from tests.bundles import ROOT
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """The digits as an ImageFolder: 1497 training and 300 validation images."""
+    folder = tmp_path_factory.mktemp("digits")
+    sample_data.write(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def few_digits(digits, tmp_path_factory):
+    """Eight training and three validation images of each class."""
+    folder = tmp_path_factory.mktemp("few_digits")
+    for split, count in (("train", 8), ("val", 3)):
+        for source in sorted((digits / split).iterdir()):
+            target = folder / split / source.name
+            target.mkdir(parents=True)
+            for image in sorted(source.iterdir())[:count]:
+                shutil.copy(image, target)
+    return folder
+
+
+@pytest.fixture
+def bundle_copy(tmp_path):
+    """A function that copies one bundle and common/ to a folder with a space in its name, and returns the bundle."""
+
+    def copy(bundle):
+        place = tmp_path / "a place"
+        ignored = shutil.ignore_patterns("output", "*.pth.tar*", "__pycache__")
+        for name in ("common", bundle):
+            if not (place / name).exists():
+                shutil.copytree(str(ROOT / name), str(place / name), ignore=ignored)
+        return place / bundle
+
+    return copy
+
+
+def run(command, cwd=None, timeout=300, **environment):
+    """Run `command`; return the finished process with its text in `stdout` and `stderr`."""
+    variables = dict(os.environ, PYTHON=sys.executable, **environment)
+    return subprocess.run(
+        [str(word) for word in command],
+        cwd=str(cwd or pathlib.Path.home()),
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        universal_newlines=True,
+        timeout=timeout,
+    )
+
+
+def run_script(bundle, name, *options, **kwargs):
+    """Run test/train_<name>.sh of the bundle's folder `bundle`."""
+    return run(["bash", bundle / "test" / "train_{}.sh".format(name), *options], **kwargs)
+
+
+def result_file(bundle, kind, device_id=0):
+    """Return the keys and values of the run's only ..._<kind>.log."""
+    (path,) = (bundle / "test" / "output" / str(device_id)).glob("*_{}.log".format(kind))
+    return dict(line.split(" = ", 1) for line in path.read_text().splitlines())
+
+
+def loss_file(bundle, device_id=0):
+    """Return the losses of the run's loss file."""
+    (path,) = (bundle / "test" / "output" / str(device_id)).glob("train_*_loss.txt")
+    return [float(line) for line in path.read_text().split()]

@@ -1,0 +1,37 @@
+"""Run a bundle's main.py, and let every rank write a checksum of its weights: rank_weights.py OUT BUNDLE [flag ...]"""
+
+import os
+import runpy
+import sys
+import zlib
+
+OUT, BUNDLE = sys.argv[1:3]
+sys.path[:1] = [BUNDLE, os.path.dirname(BUNDLE)]
+
+from common import checkpoint  # noqa: E402
+
+after_epoch = checkpoint.Checkpoints.after_epoch
+
+
+def after_epoch_and_checksum(self, epoch, acc1):
+    after_epoch(self, epoch, acc1)
+    model = self._parts["state_dict"]
+    numbers = b"".join(parameter.detach().cpu().numpy().tobytes() for parameter in model.parameters())
+    with open(os.path.join(OUT, "rank{}".format(os.environ.get("RANK", 0))), "w") as file:
+        file.write("{:08x}".format(zlib.crc32(numbers)))
+
+
+checkpoint.Checkpoints.after_epoch = after_epoch_and_checksum
+if "RANK" in os.environ:
+    sys.argv[1:] = sys.argv[3:]
+    runpy.run_path(os.path.join(BUNDLE, "main.py"), run_name="__main__")
+else:
+    # main.py starts its ranks with the words after argv[0], so they must come through here again.
+    import main
+
+    from common import ranks
+
+    arguments = sys.argv[3:]
+    launch = ranks.launch
+    ranks.launch = lambda args, argv: launch(args, [OUT, BUNDLE, *argv])
+    sys.exit(main.errors.run(lambda: main.main(arguments)))
