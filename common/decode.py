@@ -7,6 +7,7 @@ resize is torch's antialiased one on uint8 (equal to PIL's within one level), or
 import io
 import math
 import random
+import warnings
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ try:
 except ImportError:
     simplejpeg = None
 
+# PIL warns of odd files (palettes, EXIF, sizes) that it reads all the same, once per worker and without their names.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 _PIL_FILTERS = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}
 INTERPOLATIONS = ("bilinear", "bicubic", "random")
 

@@ -239,9 +239,14 @@ def _npu_fused_optimizer(kind):
     """Return `torch_npu.optim.NpuFused<kind>`, made safe: it keeps weights and gradients in buffers of its own."""
     import torch_npu
 
+    warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # which it uses itself
+
     class Fused(getattr(torch_npu.optim, "NpuFused" + kind)):
         def zero_grad(self, set_to_none=False):
-            super().zero_grad()  # new gradients would not lie in its buffer
+            if self.is_params_grads_combined:
+                super().zero_grad()  # new gradients would not lie in its buffer
+            else:  # super() would move the weights into it, which a backward pass that follows does not survive
+                torch.optim.Optimizer.zero_grad(self)
 
         def load_state_dict(self, state_dict):
             if self.is_states_combined:

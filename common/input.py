@@ -5,8 +5,10 @@ the bytes and normalises them. The order of samples and every random draw are fu
 never of workers or ranks.
 """
 
+import atexit
 import inspect
 import itertools
+import multiprocessing
 import os
 import random
 import signal
@@ -16,6 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from common import errors
 from common.checkpoint import AUTO
 from common.decode import EncodedImage
 from common.errors import UserError, printable
@@ -164,6 +167,16 @@ def _start_worker(_):
     torch.set_num_threads(1)
 
 
+def _end_workers():
+    # They ignore the SIGTERM by which multiprocessing would end them, and one that hangs must not hold us up.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report their end as an error
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+atexit.register(_end_workers)
+
+
 def _as_is(item):
     return item
 
@@ -198,7 +211,7 @@ class Loader:
         """
         self.device, self.images, self.training, self.repeats = device, images, training, repeats
         self.seed, self.world = args.seed, device.ranks.world_size
-        self.batch_size = args.batch_size
+        self.batch_size = errors.batch_size = args.batch_size
         self.bad, self.unnamed, self._known_bad = set(), [], set()
         self._budget = args.max_bad_images * len(images)
         self.epoch, self.start = 0, 0
@@ -297,7 +310,7 @@ class SyntheticLoader:
     """One batch of random images and targets, held on the device, again and again."""
 
     def __init__(self, device, size, num_classes, args):
-        self._ranks = device.ranks
+        errors.batch_size, self._ranks = args.batch_size, device.ranks
         generator = torch.Generator().manual_seed(args.seed + device.ranks.rank)
         shape = (args.batch_size, 3, size, size)
         self._images = device.prepare(torch.randn(shape, generator=generator))

@@ -83,6 +83,9 @@ done
 shift
 [[ $rank_size =~ ^[1-9][0-9]*$ ]] || fail "--rank_size=$rank_size is not a number of cards" 2
 [[ $device_id =~ ^[0-9]+$ ]] || fail "--device_id=$device_id is not the number of a card" 2
+# Images of other frameworks export RANK_SIZE for good: what the script's name says is what the user sees.
+[ "${RANK_SIZE:-$rank_size}" = "$rank_size" ] ||
+    printf 'RANK_SIZE=%s is not used, the cards are %s: --rank_size=%s changes that\n' "$RANK_SIZE" "$rank_size" "$RANK_SIZE" >&2
 # Whole epochs that the user asks for are not cut short on a CPU.
 [ -z "$epochs" ] || [ -n "$max_steps" ] || user+=(--cpu-max-steps 0)
 
@@ -97,7 +100,8 @@ else
 fi
 case $mode in
 eval | finetune)
-    if [ -z "$resume" ]; then
+    if [ -z "$resume" ] || [ "$resume" = auto ]; then
+        resume=''
         for file in "$bundle" "$output" "$output".prev-*; do
             [ ! -f "$file/model_best.pth.tar" ] || resume=$file/model_best.pth.tar
             [ ! -f "$bundle/model_best.pth.tar" ] || break
@@ -115,6 +119,7 @@ if [ -z "$dry_run" ]; then
     if ! mkdir -p "$test_dir/output" 2>/dev/null || [ ! -w "$test_dir/output" ]; then
         fail "$test_dir/output cannot be written"
     fi
+    previous=''
     if [ -e "$output" ]; then
         previous=$output.prev-$(date +%Y%m%d-%H%M%S)
         while [ -e "$previous" ]; do previous+=x; done
@@ -122,6 +127,10 @@ if [ -z "$dry_run" ]; then
         [ "${resume#"$output"/}" = "$resume" ] || resume=$previous/${resume#"$output"/}
     fi
     mkdir "$output"
+    # A bundle that keeps its checkpoints here goes on from them.
+    if [ "$resume" = auto ] && [ -n "$previous" ]; then
+        find "$previous" -maxdepth 1 -name '*.pth.tar' -exec mv {} "$output" ';'
+    fi
 fi
 case $mode in
 eval) user+=(--evaluate --resume "$resume") ;;
@@ -146,13 +155,22 @@ if [ -n "$dry_run" ]; then
 fi
 
 # --- run: everything goes to the screen and to nohup.out; a signal goes to the ranks, which save and end
-exec 4> >(tee -i "$output/nohup.out")
+exec 4> >(
+    trap '' HUP INT TERM # the ranks' last words come after the signal
+    exec tee "$output/nohup.out"
+)
 tee_pid=$!
+pid='' signal=0
+stop() { # exit status
+    signal=$1
+    [ -z "$pid" ] || kill -TERM "$pid" 2>/dev/null || true
+}
+trap 'stop 143' TERM
+trap 'stop 130' INT
+trap 'stop 129' HUP
 "${command[@]}" >&4 2>&1 &
 pid=$!
-signal=0
-trap 'signal=143; kill -TERM $pid 2>/dev/null || true' TERM
-trap 'signal=130; kill -TERM $pid 2>/dev/null || true' INT
+[ "$signal" = 0 ] || stop "$signal" # it came before there was a pid
 status=0
 wait "$pid" || status=$?
 while kill -0 "$pid" 2>/dev/null; do # a trapped signal ends `wait` early

@@ -156,26 +156,27 @@ def _elastic(args, ids, address, port):
         "--master_addr={}".format(address),
         "--master_port={}".format(port),
         "--max_restarts={}".format(args.max_restarts),
+        "--monitor_interval=1",
+        "--rdzv_id={}-{}".format(os.getpid(), time.time()),  # by it the ranks know their own checkpoints again
     ]
 
 
 def _supervise(commands, environments, elastic=False):
     asked = []  # the signals that arrived here
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, lambda number, frame: asked.append(number))
+    for signum in STOP_SIGNALS:
+        if not _is_ignored(signum):
+            signal.signal(signum, lambda number, frame: asked.append(number))
     # A session of their own: a Ctrl-C of the terminal then reaches the ranks once, through us.
     ranks = [
         subprocess.Popen(command, env=environment, start_new_session=True)
         for command, environment in zip(commands, environments)
     ]
-    told = 0
-    deadline = None
-    failed = None
+    told, deadline, failed = False, None, None
     while any(rank.poll() is None for rank in ranks):
-        for signum in asked[told:]:
-            _send(ranks, signum)
-            deadline = deadline or time.time() + TERM_SECONDS
-        told = len(asked)
+        if asked and not told:
+            # Once, whatever comes again; and not SIGINT, for which a rank that still imports prints a traceback.
+            told, deadline = True, time.time() + TERM_SECONDS
+            _send(ranks, signal.SIGTERM)
         if failed is None and not asked:
             failed = next((i for i, rank in enumerate(ranks) if rank.poll() not in (None, 0)), None)
             if failed is not None:
@@ -194,6 +195,11 @@ def _supervise(commands, environments, elastic=False):
     return max(code if code >= 0 else 128 - code for code in codes)
 
 
+def _is_ignored(signum):
+    """Return whether whoever started us wants us to outlive the terminal (nohup)."""
+    return signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN
+
+
 def _send(ranks, signum):
     for rank in ranks:
         if rank.poll() is None:
@@ -205,7 +211,8 @@ def _report(code, rank, elastic):
     if code < 0:
         name = signal.Signals(-code).name
         who = "the elastic launcher" if elastic else "rank {}".format(rank)
-        hint = " (out of memory? see dmesg)" if -code == signal.SIGKILL else ""
+        hints = {signal.SIGKILL: " (out of memory? see dmesg)", signal.SIGBUS: " (is /dev/shm full?)"}
+        hint = hints.get(-code, "")
         print("[Error] {} was killed by {}{}; ending the job".format(who, name, hint), file=sys.stderr, flush=True)
 
 
@@ -234,9 +241,8 @@ class Ranks:
         if are_started():
             end_with_parent()
         for signum in STOP_SIGNALS:
-            # Nothing is to be saved yet. (Who started us may have chosen to ignore the end of the terminal.)
-            if signal.getsignal(signum) != signal.SIG_IGN or signum != signal.SIGHUP:
-                signal.signal(signum, signal.SIG_DFL)
+            if not _is_ignored(signum):
+                signal.signal(signum, signal.SIG_DFL)  # nothing is to be saved yet
         if self.world_size == 1:
             return
         timeout = datetime.timedelta(minutes=minutes)
@@ -259,7 +265,7 @@ class Ranks:
         """From now on a signal does not end the process: `agree` calls `save(signum)` first, and raises `Stopped`."""
         self._save = save
         for signum in STOP_SIGNALS:
-            if signal.getsignal(signum) != signal.SIG_IGN:
+            if not _is_ignored(signum):
                 signal.signal(signum, self._remember)
 
     def _remember(self, signum, frame):

@@ -1,4 +1,7 @@
-"""Run a bundle's main.py, and let every rank write a checksum of its weights: rank_weights.py OUT BUNDLE [flag ...]"""
+"""Run a bundle's main.py, and let every rank write a checksum of its weights and how many steps it skipped.
+
+rank_weights.py OUT BUNDLE [flag ...]
+"""
 
 import os
 import runpy
@@ -18,7 +21,7 @@ def after_epoch_and_checksum(self, epoch, acc1):
     model = self._parts["state_dict"]
     numbers = b"".join(parameter.detach().cpu().numpy().tobytes() for parameter in model.parameters())
     with open(os.path.join(OUT, "rank{}".format(os.environ.get("RANK", 0))), "w") as file:
-        file.write("{:08x}".format(zlib.crc32(numbers)))
+        file.write("{:08x} {}".format(zlib.crc32(numbers), self._parts["precision"].skipped))
 
 
 checkpoint.Checkpoints.after_epoch = after_epoch_and_checksum

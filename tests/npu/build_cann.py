@@ -1,7 +1,7 @@
 """Compile the fake CANN for the torch_npu of this Python: python build_cann.py FOLDER.
 
-Writes FOLDER/cann in the layout of CANN's toolkit (set_env.sh, lib64, opp, ...). Symbols that torch_npu links against and
-that fakecann.c does not have become functions that say their name and fail.
+Writes FOLDER/cann in the layout of CANN's toolkit (set_env.sh, lib64, opp, ...). Symbols that torch_npu links against
+and that fakecann.c does not have become functions that say their name and fail.
 """
 
 import importlib.util
@@ -13,12 +13,18 @@ import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
 CANN_SYMBOL = re.compile(r"^(acl|rt|Msprof|Hccl|ge|Adx)[A-Z]\w*$|^aclrt\w+$|^aclmdl\w+$|^aclop\w+$")
-ALIASES = ("acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel", "hcomm")
+ALIASES = ("acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel", "hcomm", "ascend_hal")
 
 
 def package_folder(name):
     """Return the folder of the package `name`, which is not imported: without CANN torch_npu cannot be."""
     return pathlib.Path(importlib.util.find_spec(name).submodule_search_locations[0])
+
+
+def check_build(torch):
+    """Leave with a line where torch is a CUDA build, which torch_npu does not work with."""
+    if re.search(r"^cuda\b.*= '", (torch / "version.py").read_text(), re.MULTILINE):
+        sys.exit("[Error] torch is a CUDA build: pip install torch --index-url https://download.pytorch.org/whl/cpu")
 
 
 def undefined_symbols(path):
@@ -46,12 +52,13 @@ def compile_library(source, out, *options):
 
 
 def main(folder):
+    torch_npu, torch = package_folder("torch_npu"), package_folder("torch")
+    check_build(torch)
     cann = pathlib.Path(folder).resolve() / "cann"
     lib = cann / "lib64"
     shutil.rmtree(cann, ignore_errors=True)
     for name in ("lib64", "opp", "runtime", "compiler"):
         (cann / name).mkdir(parents=True)
-    torch_npu, torch = package_folder("torch_npu"), package_folder("torch")
     wanted = set()
     for library in [torch_npu / "lib/libtorch_npu.so", *torch_npu.glob("_C*.so")]:
         wanted |= {name for name in undefined_symbols(library) if CANN_SYMBOL.match(name)}

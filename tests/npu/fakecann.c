@@ -23,7 +23,17 @@ static long number(const char *name, long otherwise) {
     const char *text = getenv(name);
     return text && *text ? atol(text) : otherwise;
 }
-static int cards(void) { return (int)number("FAKE_NPU_COUNT", 8); }
+static int installed(void) { return (int)number("FAKE_NPU_COUNT", 8); }
+static int cards(void) { /* those that ASCEND_RT_VISIBLE_DEVICES names, in ascending order */
+    const char *text = getenv("ASCEND_RT_VISIBLE_DEVICES");
+    int count = 0, card, last = -1, length;
+    if (!text) return installed();
+    for (; sscanf(text, "%d%n", &card, &length) == 1 && card < installed(); last = card, count++) {
+        if (card <= last) return 0;
+        text += length + (text[length] == ',');
+    }
+    return count;
+}
 static size_t memory(void) { return (size_t)number("FAKE_NPU_MEMORY_MIB", 65536) << 20; }
 const char *aclrtGetSocName(void) {
     const char *name = getenv("FAKE_NPU_SOC");
@@ -45,6 +55,7 @@ int aclInit(const char *config) { return OK; }
 int aclFinalize(void) { return OK; }
 void aclAppLog(int level, const char *function, const char *file, uint32_t line, const char *format, ...) {}
 int aclrtGetDeviceCount(uint32_t *count) { return *count = cards(), OK; }
+int drvGetDevNum(uint32_t *count) { return *count = installed(), OK; } /* of libascend_hal */
 int aclrtSetDevice(int device) {
     if (device < 0 || device >= cards()) return fake_npu_say("[Error]: Invalid device ID."), INVALID_DEVICE;
     if (device == number("FAKE_NPU_MISSING", -1)) return fake_npu_say("[Error]: drv open device failed."), CARD_IS_GONE;

@@ -1,0 +1,78 @@
+"""Run commands on the fake cards, and look at what ran where."""
+
+import json
+import os
+import signal
+import subprocess
+
+import pytest
+
+from tests.bundles import ROOT
+
+NPU = ROOT / "tests" / "npu"
+PYTHON = NPU / "build" / "venv" / "bin" / "python"
+CANN = NPU / "build" / "cann"
+CHIPS = ("Ascend910A", "Ascend910B3")  # the first generation, and Atlas A2
+LONG = bool(os.environ.get("LONG"))
+
+
+def environment(cann=True, **variables):
+    """Return the environment of a host with cards, or with torch_npu alone; `variables` choose cards and faults."""
+    if not (PYTHON.exists() and (CANN / "set_env.sh").exists()):
+        pytest.fail("the NPU environment is not built: bash tests/npu/build.sh", pytrace=False)
+    result = {key: value for key, value in os.environ.items() if not key.startswith(("ASCEND_", "FAKE_NPU_", "HCCL_"))}
+    if cann:
+        command = ["bash", "-c", 'source "$0" && env -0', str(CANN / "set_env.sh")]
+        lines = subprocess.run(command, env=result, check=True, stdout=subprocess.PIPE, universal_newlines=True).stdout
+        result = dict(line.split("=", 1) for line in lines.split("\0") if line)
+    result.update(PYTHON=str(PYTHON), OMP_NUM_THREADS="1", **variables)
+    return result
+
+
+def run(command, timeout=240, cann=True, **variables):
+    """Run `command`, a list; return the finished process with what it wrote in `stdout`. Nothing outlives it."""
+    process = subprocess.Popen(
+        [str(word) for word in command],
+        env=environment(cann, **variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        universal_newlines=True,
+        start_new_session=True,
+    )
+    try:
+        output = process.communicate(timeout=timeout)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output = process.communicate()[0] + "\n(killed after {} seconds)".format(timeout)
+    return subprocess.CompletedProcess(command, process.returncode, output)
+
+
+def assert_fine(process):
+    """Check that the command ended well, and that the fake was not asked for what it cannot do."""
+    assert process.returncode == 0, process.stdout
+    assert "is not emulated" not in process.stdout, process.stdout
+
+
+def cards(ranks):
+    """Return the flags that make main.py run on so many cards."""
+    return ["--device=npu", "--device-list", ",".join(map(str, range(ranks)))]
+
+
+def assert_all_on_the_cards(folder, ranks, steps):
+    """Check $FAKE_NPU_STATS: each rank computed forward and backward on its own card, and only there.
+
+    What a step copies back to the host must be a few numbers: more would be computing on the CPU in between.
+    """
+    for rank in range(ranks):
+        numbers = json.loads((folder / "rank{}.json".format(rank)).read_text())
+        assert list(numbers["calls"]) == [str(rank)], "rank {} computed on cards {}".format(
+            rank, list(numbers["calls"])
+        )
+        calls = numbers["calls"][str(rank)]
+        layers = calls.get("convolution_backward", 0) / steps
+        assert layers >= 10 and layers == int(layers), "{} convolutions in {} steps".format(layers * steps, steps)
+        assert calls["convolution"] >= layers * steps
+        assert sum(calls.get(name, 0) for name in ("add_", "_foreach_add_", "addcdiv_", "_foreach_addcdiv_")) >= steps
+        assert numbers["largest_to_host"] < 1000, "a tensor of {} numbers went to the host".format(
+            numbers["largest_to_host"]
+        )
