@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 import common
+from common import depthwise
 from common import ranks as ranks_module
 from common.errors import UserError
 
@@ -35,6 +36,9 @@ def add_arguments(parser, amp=False, opt_level="O1", loss_scale=_DYNAMIC):
     group.add_argument("--loss-scale", "--loss_scale", default=loss_scale, metavar="N|dynamic")
     group.add_argument(
         "--memory-format", default="auto", choices=["auto", "contiguous"], help="auto: channels last, but not on NPU"
+    )
+    group.add_argument(
+        "--stock-depthwise", action="store_true", help="bfloat16 on a CPU: torch's own depthwise gradients"
     )
     group.add_argument("--cpu-batch-size", type=int, metavar="N", help="replaces --batch-size on a CPU")
     group.add_argument("--cpu-max-steps", type=int, metavar="N", help="replaces --max-steps on a CPU")
@@ -115,6 +119,7 @@ class Device:
         self.remarks = _fit_to_cpu(args) if self.type == "cpu" else []
         self.ranks = ranks_module.Ranks()
         self.seed, self._memory_format = args.seed, args.memory_format
+        self._stock_depthwise = args.stock_depthwise
         ids = ranks_module.card_ids(args)
         if len(ids) != self.ranks.local_world_size:
             ids = list(range(self.ranks.local_world_size))  # torchrun said how many there are
@@ -193,6 +198,8 @@ class Device:
     def prepare(self, item):
         """Return `item` (a model, or a batch of images) on the device, in the layout that its convolutions like."""
         item = item.to(self.torch_device)
+        if self.type == "cpu" and isinstance(item, torch.nn.Module) and not self._stock_depthwise:
+            depthwise.speed_up(item)
         return item.to(memory_format=torch.channels_last) if self.likes_channels_last else item
 
     def parallel(self, model):

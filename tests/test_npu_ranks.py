@@ -15,7 +15,7 @@ SHORT = [
     ("SPACH-SMLP", "Ascend910A", 2),
 ]
 JOBS = [(bundle, chip, 8) for bundle in BUNDLES for chip in CHIPS] if LONG else SHORT
-FLAGS = ["-b", "2", "--amp", "--opt-level", "O1", "--loss-scale=1024", "--eval-freq=0", "--no-save", "--workers=0"]
+FLAGS = ["-b", "4", "--amp", "--opt-level", "O1", "--loss-scale=1", "--lr=0.001", "--eval-freq=0", "--no-save", "--workers=0"]
 
 
 @pytest.mark.parametrize("bundle, chip, ranks", JOBS)

@@ -46,6 +46,7 @@ int fake_npu_is_first_generation(void) {
     return !((strncmp(name, "Ascend910B", 10) == 0 && name[10]) || strncmp(name, "Ascend910_", 10) == 0);
 }
 int fake_npu_current(void) { return current; }
+int fake_npu_overflow(void) { return overflow; }
 void fake_npu_set_overflow(int value) { overflow = value; }
 void fake_npu_say(const char *text) { snprintf(message, sizeof message, "%s", text); }
 

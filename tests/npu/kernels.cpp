@@ -18,6 +18,7 @@
 
 extern "C" int fake_npu_is_first_generation(void);
 extern "C" int fake_npu_current(void);
+extern "C" int fake_npu_overflow(void);
 extern "C" void fake_npu_set_overflow(int);
 
 namespace {
@@ -248,6 +249,15 @@ at::Tensor contiguous(const at::Tensor& t, at::MemoryFormat format) {
   return t.is_contiguous() ? t : copy_of(t, format);
 }
 
+// As the first generation's: the flag of this card says whether a gradient overflowed, not the gradients themselves.
+void check_flag_and_unscale_(at::TensorList gradients, at::Tensor& found, const at::Tensor& inverse_scale) {
+  if (fake_npu_overflow()) {
+    found.fill_(1);
+    return;
+  }
+  for (at::Tensor gradient : gradients) gradient.mul_(inverse_scale);
+}
+
 // Some sixty operators have an autograd kernel of torch_npu, which may call the NPU's function past the dispatcher:
 // torch's own takes their place.
 void stock(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
@@ -290,5 +300,7 @@ extern "C" int install() {
   npu.impl("copy_", TORCH_FN(copy_));
   npu.impl("clone", TORCH_FN(copy_of));
   npu.impl("contiguous", TORCH_FN(contiguous));
+  if (fake_npu_is_first_generation())
+    npu.impl("_amp_foreach_non_finite_check_and_unscale_", TORCH_FN(check_flag_and_unscale_));
   return replaced;
 }
