@@ -20,7 +20,7 @@ LONG = os.environ.get("LONG") == "1"
 FLAGS = {
     "MnasNet": ["--arch", "mnasnet0_5", "--warmup-epochs", "1", "--image-size", "32"],
     "ShuffleNetV2": ["--arch", "shufflenet_v2_x0_5", "--warmup-epochs", "1", "--image-size", "32"],
-    "SPACH-SMLP": ["--arch", "smlpnet_tiny", "--warmup-epochs", "1", "--image-size", "32"],
+    "SPACH-SMLP": ["--arch", "spach_xxs_patch16_224_attn", "--warmup-epochs", "1", "--image-size", "32"],
 }
 
 

@@ -1,0 +1,110 @@
+"""The bundles on one emulated card: the same numbers as on the CPU, every mode of the scripts, the optimizers."""
+
+import re
+
+import pytest
+
+from tests.bundles import BUNDLES, ROOT
+from tests.conftest import loss_file, result_file
+from tests.npu.harness import CHIPS, LONG, PYTHON, assert_all_on_the_cards, assert_fine, run
+from tests.test_scripts import small
+
+
+def main(bundle, *flags, **kwargs):
+    """Run a bundle's main.py and return its output."""
+    process = run([PYTHON, ROOT / bundle / "main.py", "--workers=0", *small(bundle), *flags], **kwargs)
+    assert_fine(process)
+    return process.stdout
+
+
+def script(bundle, name, *options, **kwargs):
+    """Run test/train_<name>.sh of the bundle's folder `bundle` and return its output."""
+    process = run(["bash", bundle / "test" / "train_{}.sh".format(name), *options], **kwargs)
+    assert_fine(process)
+    return process.stdout
+
+
+def test_each_network_equals_the_cpu_forward_and_backward():
+    process = run([PYTHON, ROOT / "tests" / "npu" / "compare_networks.py"])
+    assert_fine(process)
+    assert re.findall(r"^(\S+) equal", process.stdout, re.MULTILINE) == BUNDLES, process.stdout
+
+
+def test_twenty_steps_in_float32_lose_what_the_cpu_loses(bundle_copy, few_digits):
+    bundle = bundle_copy("MnasNet")
+    options = ["--data_path={}".format(few_digits), "--opt-level=O0", "--max_steps=20", "--epochs=9", "--batch_size=8"]
+    losses = []
+    for device in ("cpu", "npu"):
+        script(bundle, "full_1p", "--device=" + device, *options, "--image-size=64", "--workers=1", "--lr=0.01")
+        losses.append(loss_file(bundle))
+    assert len(losses[0]) == len(losses[1]) == 20
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("bundle", ["MnasNet", "ShuffleNetV2"])
+def test_it_learns_as_much_as_on_the_cpu(bundle, digits, tmp_path):
+    epochs = 8 if LONG else 1
+    flags = ["--data", digits, "-b", "32", "--opt-level=O1" if LONG else "--opt-level=O0", "--amp", "--flip=0"]
+    flags += ["--lr=0.1", "--warmup-epochs=1", "--crop-scale=0.6", "--epochs={}".format(epochs)]
+    accuracies = []
+    for device in ("cpu", "npu"):
+        output = main(bundle, *flags, "--device=" + device, "--output-dir", tmp_path / device, timeout=1800)
+        accuracies.append([float(text) for text in re.findall(r"^ \* Acc@1 ([\d.]+)", output, re.MULTILINE)][-1])
+    assert accuracies[0] > (80 if LONG else 10)
+    assert accuracies[1] == pytest.approx(accuracies[0], abs=1)
+
+
+@pytest.mark.parametrize("bundle", BUNDLES if LONG else ["MnasNet"])
+@pytest.mark.parametrize("cards", [1, 8] if LONG else [1, 2])
+def test_every_mode_of_the_scripts(bundle, cards, bundle_copy, few_digits, tmp_path):
+    """full, performance, eval and finetune end well and leave files that name the chip."""
+    place, kind = bundle_copy(bundle), "1p" if cards == 1 else "8p"
+    chip = CHIPS[cards % 2]
+    data = "--data_path={}".format(few_digits)
+    common = ["--device=npu", "--rank_size={}".format(cards), "--batch_size=4", "--workers=1", *small(bundle)]
+    modes = {
+        "full": [data, "--epochs=1", "--output_dir={}".format(tmp_path)],
+        "performance": ["--max_steps=4", "--num-classes=10"],
+        "eval": [data, "--resume={}".format(tmp_path / "model_best.pth.tar")],
+        "finetune": [data, "--epochs=1", "--resume={}".format(tmp_path / "model_best.pth.tar"), "--no-save"],
+    }
+    for mode, options in modes.items():
+        script(place, "{}_{}".format(mode, kind), *common, *options, timeout=1800, FAKE_NPU_SOC=chip)
+        for result in {"performance": ["perf"], "eval": ["acc"]}.get(mode, ["perf", "acc"]):
+            values = result_file(place, result)
+            assert values["Device"] == "npu ({})".format(chip)
+            assert values["RankSize"] == str(cards)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("bundle", ["MnasNet", "SPACH-SMLP"])  # SGD, AdamW
+def test_the_fused_optimizer_gives_the_same_losses(bundle, chip, few_digits, tmp_path):
+    """Also where the first step is skipped, which is before it has made its buffers, and after a resume."""
+    flags = ["--device=npu", "--data", few_digits, "-b", "8", "--eval-freq=0", "--print-freq=1", "--max-steps=8"]
+    variables = {"FAKE_NPU_SOC": chip, "FAKE_NPU_OVERFLOW": "0:5"}
+    outputs = []
+    for fused in ([], ["--fused-optimizer"]):
+        folder = tmp_path / "checkpoints{}".format(len(fused))
+        amp = ["--amp", "--opt-level=O1", "--loss-scale=1", "--epochs=9", "--output-dir", folder, *fused]
+        first = main(bundle, *flags, *amp, "--lr=0.001", **variables)
+        more = ["--max-steps=10", "--resume", folder / "checkpoint.pth.tar"]
+        # The second run takes the state of the first, and the two kinds take each other's.
+        other = [] if fused else ["--fused-optimizer"]
+        resumed = main(bundle, *flags, *amp[:6], *other, "--lr=0.001", *more, "--no-save", FAKE_NPU_SOC=chip)
+        outputs.append([float(loss) for loss in re.findall(r"Loss (\S+)", first + resumed)])
+    assert len(outputs[0]) == 10
+    assert outputs[1] == pytest.approx(outputs[0], rel=2e-3)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_one_card_does_all_the_work(chip, few_digits, tmp_path):
+    flags = ["--data", few_digits, "-b", "8", "--amp", "--eval-freq=0", "--no-save", "--max-steps=3", "--epochs=9"]
+    main("MnasNet", *flags, "--device=npu", FAKE_NPU_STATS=str(tmp_path), FAKE_NPU_SOC=chip)
+    assert_all_on_the_cards(tmp_path, 1, 3)
+
+
+def test_without_a_visible_card_the_cpu_trains(few_digits):
+    """torch_npu's own patches of the optimizers and of the data loader look for a card."""
+    flags = ["--data", few_digits, "-b", "8", "--max-steps=2", "--workers=1", "--no-save", "--device=cpu"]
+    for variables in ({"FAKE_NPU_COUNT": "0"}, {"FAKE_NPU_MISSING": "0"}):
+        assert "Epoch: [0]" in main("MnasNet", *flags, **variables)

@@ -1,0 +1,182 @@
+"""SIGTERM and Ctrl-C at any moment, through the shell scripts too: a checkpoint, the right status, nothing left."""
+
+import os
+import random
+import re
+import signal
+import time
+
+import pytest
+
+from common import safe_load
+from tests import chaos
+from tests.bundles import BUNDLES
+
+TERMS = 50 if chaos.LONG else 2
+RANKS = 8 if chaos.LONG else 2
+SECONDS = 20  # to save and end, of one rank that has a core to itself
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return chaos.make_images(tmp_path_factory.mktemp("noise"))
+
+
+def script(bundle, data, out, ranks, *more):
+    """Return the command line of a full training by the bundle's script."""
+    number = "8p" if ranks > 1 else "1p"
+    words = ["--rank_size={}".format(ranks), "--epochs=9", "--batch_size=4"]
+    return ["bash", bundle / "test" / "train_full_{}.sh".format(number), *chaos.flags("MnasNet", data, out), *words, *more]
+
+
+def assert_saved(job, out):
+    """Check the checkpoint of a training that was stopped: where the log says, and loadable."""
+    epoch, samples, path = re.search(r"in epoch (\d+), (\d+) samples done: --resume (\S+) goes on", job.text()).groups()
+    content = safe_load.read(path)
+    assert os.path.dirname(path) == str(out)
+    assert (content["epoch"], content["samples"]) == (int(epoch), int(samples))
+    return int(epoch), int(samples)
+
+
+@pytest.mark.parametrize("name", ["TERM", "INT", "HUP"])
+@pytest.mark.parametrize("ranks", [1, RANKS])
+def test_the_scripts_pass_signals_on(name, ranks, data, bundle_copy, tmp_path):
+    """INT as a terminal sends it: to the whole group of processes."""
+    if ranks > 1 and name == "HUP" and not chaos.LONG:
+        pytest.skip("in the long form")
+    job = chaos.Job(script(bundle_copy("MnasNet"), data, tmp_path, ranks), tmp_path / "log")
+    job.wait_for(r"Epoch: \[0\]\[ +2/", 60 * ranks)
+    send = os.killpg if name == "INT" else os.kill
+    send(job.process.pid, getattr(signal, "SIG" + name))
+    assert job.end(SECONDS * ranks) == 128 + getattr(signal, "SIG" + name), job.text()
+    assert_saved(job, tmp_path)
+    assert "Final" not in job.text()
+
+
+def test_a_group_wide_sigterm_kills_no_decoding_process(data, tmp_path):
+    """As job schedulers send it: to launcher, ranks and decoding processes alike, ours ending by the ranks' will."""
+    job = chaos.Job(chaos.command("MnasNet", data, tmp_path, "--epochs", "9", "--device-list", "0,1"), tmp_path / "log")
+    job.wait_for(r"Epoch: \[0\]\[ +2/")
+    for pid in job.alive():
+        os.kill(pid, signal.SIGTERM)
+    assert job.end(2 * SECONDS) == 143, job.text()
+    assert_saved(job, tmp_path)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_while_the_data_hangs(ranks, data, tmp_path):
+    """The decoding processes of one rank are frozen: a wait for data ends too, and so does the other rank's."""
+    more = ["--device-list", "0,1"[: 2 * ranks - 1], "--epochs", "9"]
+    job = chaos.Job(chaos.command("MnasNet", data, tmp_path, *more), tmp_path / "log")
+    job.wait_for(r"Epoch: \[0\]\[ +2/")
+    rank = job.ranks(2)[1] if ranks == 2 else job.process.pid
+    for pid in job.alive():
+        with open("/proc/{}/stat".format(pid)) as file:
+            if int(file.read().rsplit(")", 1)[1].split()[1]) == rank:
+                os.kill(pid, signal.SIGSTOP)
+    time.sleep(2)
+    stuck = job.text()
+    time.sleep(1)
+    assert job.text() == stuck
+    os.kill(job.process.pid, signal.SIGTERM)
+    assert job.end(SECONDS) == 143, job.text()
+    assert_saved(job, tmp_path)
+
+
+def test_during_evaluation(data, tmp_path):
+    """The epoch is not repeated; its evaluation is."""
+    many = chaos.make_images(tmp_path / "many", train=16, val=1500)
+    command = chaos.command("MnasNet", many, tmp_path, "--epochs", "1", "--resume", "auto", "-j", "1")
+    job = chaos.Job(command, tmp_path / "log")
+    job.wait_for(r"Epoch: \[0\]\[ +4/4\]")
+    time.sleep(0.3)
+    os.kill(job.process.pid, signal.SIGTERM)
+    assert job.end(SECONDS) == 143, job.text()
+    assert assert_saved(job, tmp_path) == (0, 16)
+    assert "* Acc@1" not in job.text()
+    job = chaos.Job(command, tmp_path / "log")
+    assert job.end(100) == 0, job.text()
+    assert "* Acc@1" in job.text() and "Epoch: [0]" not in job.text()
+
+
+def test_during_an_evaluation_alone(data, tmp_path):
+    """Nothing is to be saved: the file that is measured stays as it is."""
+    job = chaos.Job(chaos.command("MnasNet", data, tmp_path, "--max-steps", "1"), tmp_path / "log")
+    assert job.end(100) == 0, job.text()
+    before = (tmp_path / "checkpoint.pth.tar").read_bytes()
+    many = chaos.make_images(tmp_path / "many", train=2, val=1500)
+    words = ["--evaluate", "--resume", tmp_path / "checkpoint.pth.tar"]
+    job = chaos.Job(chaos.command("MnasNet", many, tmp_path, *words), tmp_path / "log")
+    job.wait_for("=> run")
+    time.sleep(0.3)
+    os.kill(job.process.pid, signal.SIGTERM)
+    assert job.end(SECONDS) == 143, job.text()
+    assert (tmp_path / "checkpoint.pth.tar").read_bytes() == before
+    assert "nothing was saved" in job.text()
+
+
+def test_while_saving(data, tmp_path):
+    """The file that is being written is finished."""
+    job = chaos.Job(chaos.command("MnasNet", data, tmp_path, "--save-steps", "1"), tmp_path / "log")
+    chaos.wait_for(lambda: any(".tmp-" in name for name in os.listdir(str(tmp_path))), 60, job.process)
+    os.kill(job.process.pid, signal.SIGTERM)
+    assert job.end(SECONDS) == 143, job.text()
+    assert_saved(job, tmp_path)
+    assert not any(".tmp-" in name for name in os.listdir(str(tmp_path)))
+
+
+@pytest.mark.parametrize("ranks", [1, RANKS])
+def test_during_start_up(ranks, data, bundle_copy, tmp_path):
+    """There is nothing to save, and no need to wait for the first step."""
+    for delay in (0.02, 0.3, 1, 2, 4)[:: 1 if chaos.LONG else 2]:
+        out = tmp_path / str(delay)
+        out.mkdir()
+        job = chaos.Job(script(bundle_copy("MnasNet"), data, out, ranks), out / "log")
+        time.sleep(delay)
+        os.kill(job.process.pid, signal.SIGTERM)
+        status = job.end(SECONDS * ranks)
+        # Before it has read its options the script ends as bash ends: by the signal.
+        assert status in (143, -signal.SIGTERM), job.text()
+        if "Epoch: " in job.text():
+            assert_saved(job, out)
+
+
+@pytest.mark.parametrize("ranks", [1, RANKS])
+def test_sigterm_at_any_moment(ranks, data, tmp_path):
+    """Random moments of one training that goes on each time: start-up, loading, steps, saving, evaluation."""
+    draw = random.Random(ranks)
+    more = ["--device-list", ",".join(map(str, range(ranks))), "--resume", "auto", "--epochs", "1000", "--save-steps", "3"]
+    saved = (0, 0)
+    for _ in range(TERMS):
+        job = chaos.Job(chaos.command("MnasNet", data, tmp_path, *more), tmp_path / "log")
+        time.sleep(draw.uniform(0, 6 if ranks == 1 else 4 * ranks))
+        os.kill(job.process.pid, signal.SIGTERM)
+        assert job.end(SECONDS * ranks) in (143, -signal.SIGTERM), job.text()
+        if "Epoch: " in job.text():
+            assert assert_saved(job, tmp_path) >= saved
+        if (tmp_path / "checkpoint.pth.tar").exists():
+            now = chaos.position(tmp_path)
+            assert now >= saved
+            saved = now
+
+
+def test_the_elastic_launcher_saves_too(data, tmp_path):
+    more = ["--device-list", "0,1", "--max-restarts", "3", "--epochs", "9"]
+    job = chaos.Job(chaos.command("MnasNet", data, tmp_path, *more), tmp_path / "log")
+    job.wait_for(r"Epoch: \[0\]\[ +2/")
+    os.kill(job.process.pid, signal.SIGTERM)
+    assert job.end(40) == 143, job.text()
+    assert_saved(job, tmp_path)
+
+
+@pytest.mark.skipif(not chaos.LONG, reason="in the long form")
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_a_killed_launcher_leaves_no_rank(bundle, data, tmp_path):
+    small = chaos.FLAGS.get(bundle, ["--image-size", "96" if bundle == "PnasNet5Large" else "32"])
+    words = chaos.command("MnasNet", data, tmp_path, "--device-list", "0,1")
+    words[2] = words[2].replace("MnasNet", bundle)
+    words[3 : 3 + len(chaos.FLAGS["MnasNet"])] = small
+    job = chaos.Job(words, tmp_path / "log")
+    job.wait_for(r"Epoch: \[0\]\[ +2/", 300)
+    os.kill(job.process.pid, signal.SIGKILL)
+    assert job.end(20) == -signal.SIGKILL
