@@ -272,8 +272,8 @@ class Loader:
             self.order = epoch_order(len(self.images), self.seed, epoch, self.repeats)[: len(self.images)]
         else:
             self.bad = set()
-        batches = iter(self._batches)
         ranks = self.device.ranks
+        batches = ranks.wait(lambda: iter(self._batches))
         for _ in range(self.steps_from(start)):
             started = time.perf_counter()
             slot, count, bad = ranks.wait(lambda: next(batches)) or (0, 0, [])

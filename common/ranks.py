@@ -140,6 +140,21 @@ def launch(args, argv):
     return _supervise([command] * len(ids), environments)
 
 
+# `python -m torch.distributed.run` would end with a traceback of its own.
+_ELASTIC_LAUNCHER = """
+import sys
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+try:
+    run.run(run.parse_args(sys.argv[1:]))
+except ChildFailedError:
+    sys.exit("[Error] the ranks failed again after all of --max-restarts; what they said is above")
+except SignalException as stop:
+    sys.exit(128 + stop.sigval)
+"""
+
+
 def _elastic(args, ids, address, port):
     """Return the command of torch's elastic launcher, which restarts all ranks when one fails."""
     try:
@@ -148,8 +163,8 @@ def _elastic(args, ids, address, port):
         raise UserError("--max-restarts needs torch's elastic launcher, which this torch does not have") from None
     return [
         sys.executable,
-        "-m",
-        "torch.distributed.run",
+        "-c",
+        _ELASTIC_LAUNCHER,
         "--nproc_per_node={}".format(len(ids)),
         "--nnodes={}".format(args.world_size),
         "--node_rank={}".format(args.rank),

@@ -11,6 +11,8 @@ import pytest
 from tests import sample_data
 from tests.bundles import ROOT
 
+LONG = bool(os.environ.get("LONG"))  # the same assertions with the full numbers: tests/long.sh
+
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):

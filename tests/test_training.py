@@ -1,6 +1,7 @@
 """Training, evaluation and fine-tuning of MnasNet on real digits, on one rank, on several, and on two nodes."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from PIL import Image
 
 from common.decode import CenterCrop, EncodedImage
 from tests.bundles import BUNDLES, ROOT, imported
-from tests.conftest import loss_file, result_file, run, run_script
+from tests.conftest import LONG, loss_file, result_file, run, run_script
 from tests.test_scripts import assert_refused, small
 
 DIGITS = ["--batch_size=32", "--image-size=48", "--learning_rate=0.05", "--warmup-epochs=1", "--flip=0"]
@@ -100,16 +101,24 @@ def _checksums(folder):
 
 
 @pytest.mark.parametrize("bundle", BUNDLES)
-def test_two_ranks_end_with_equal_weights(bundle, few_digits, tmp_path):
+def test_ranks_end_with_equal_weights_and_measure_the_same(bundle, digits, few_digits, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    flags = ["--data", few_digits, "--epochs=1", "--max-steps=2", "-b", "4", "--output-dir", tmp_path, "--workers=1"]
-    command = [sys.executable, ROOT / "tests" / "rank_weights.py", out, ROOT / bundle, *flags, *small(bundle)]
-    process = run([*command, "--device=cpu", "--device-list", "0,1"])
+    data, ranks = (digits, 8) if LONG else (few_digits, 2)
+    cards = ",".join(str(rank) for rank in range(ranks))
+    flags = ["--data", data, "--workers=1", "--output-dir", tmp_path, "--device=cpu", *small(bundle)]
+    training = [*flags, "--epochs=1", "--max-steps=2", "-b", "4", "--device-list", cards]
+    process = run([sys.executable, ROOT / "tests" / "rank_weights.py", out, ROOT / bundle, *training])
     assert process.returncode == 0, process.stdout + process.stderr
     checksums = _checksums(out)
-    assert sorted(checksums) == ["rank0", "rank1"]
+    assert sorted(checksums) == ["rank{}".format(rank) for rank in range(ranks)]
     assert len(set(checksums.values())) == 1
+    measured = re.search(r"^ \* Acc@1 [\d.]+ Acc@5 [\d.]+$", process.stdout, re.MULTILINE).group()
+    for options in (["-b", "7"], ["-b", "4", "--device-list", cards]):
+        evaluation = [*flags, *options, "--evaluate", "--resume", tmp_path / "checkpoint.pth.tar"]
+        process = run([sys.executable, ROOT / bundle / "main.py", *evaluation])
+        assert process.returncode == 0, process.stdout + process.stderr
+        assert measured in process.stdout.splitlines()
 
 
 @pytest.mark.parametrize("way", ["flags", "torchrun"])

@@ -1,0 +1,210 @@
+"""Full disks, read-only folders, links, second runs: the checkpoints that are there stay, and one line says what is."""
+
+import errno
+import os
+import re
+import subprocess
+import types
+
+import pytest
+
+from common import files, safe_load
+from common.checkpoint import Checkpoints
+from tests import chaos
+
+MB = 1000000
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return chaos.make_images(tmp_path_factory.mktemp("noise"))
+
+
+@pytest.fixture(scope="module")
+def mnasnet():
+    server = chaos.Server("MnasNet")
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def saved(mnasnet, data, tmp_path):
+    """A folder with the checkpoints of a short run, of about 8 MB each."""
+    out = tmp_path / "saved"
+    status, text = mnasnet.run(chaos.flags("MnasNet", data, out, "--max-steps", "4", "--save-steps", "2"), tmp_path / "0")
+    assert status == 0, text
+    return out
+
+
+def bytes_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("reaction", ["stop", "continue"])
+def test_a_file_size_limit(reaction, mnasnet, data, saved, tmp_path):
+    before = bytes_of(saved)
+    words = chaos.flags("MnasNet", data, saved, "--resume", "auto", "--save-steps", "2", "--epochs", "1")
+    words += ["--on-save-error", reaction]
+    status, text = mnasnet.run(words, tmp_path / "log", file_size=4 * MB)
+    assert bytes_of(saved) == before
+    assert "no checkpoint could be written to {}: File too large".format(saved) in text
+    if reaction == "stop":
+        assert status == 1 and text.splitlines()[-1].startswith("[Error] no checkpoint")
+    else:
+        assert status == 0 and "training goes on" in text and "=> result" in text
+    assert "Traceback" not in text
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 20 MB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.call(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(folder)], stderr=subprocess.DEVNULL):
+        pytest.skip("needs the right to mount; the file-size limit above covers the same code")
+    yield folder
+    subprocess.check_call(["umount", "-l", str(folder)])
+
+
+def test_a_full_disk(mnasnet, data, small_disk, tmp_path):
+    """Two checkpoints fit, the third does not; when there is room again the run goes on from the second."""
+    words = chaos.flags("MnasNet", data, small_disk, "--save-steps", "2", "--eval-freq", "0", "--resume", "auto")
+    status, text = mnasnet.run(words, tmp_path / "log")
+    assert status == 1
+    assert "No space left on device" in text.splitlines()[-1]
+    assert sorted(os.listdir(str(small_disk))) == ["checkpoint.prev.pth.tar", "checkpoint.pth.tar"]
+    assert chaos.position(small_disk) == (0, 16)
+    assert chaos.position(small_disk, "checkpoint.prev.pth.tar") == (0, 8)
+    subprocess.check_call(["mount", "-o", "remount,size=60m", str(small_disk)])
+    status, text = mnasnet.run(words, tmp_path / "log")
+    assert status == 0 and "epoch 0, 16 samples done" in text
+
+
+def test_a_read_only_folder(mnasnet, data, small_disk, tmp_path):
+    subprocess.check_call(["mount", "-o", "remount,ro", str(small_disk)])
+    status, text = mnasnet.run(chaos.flags("MnasNet", data, small_disk), tmp_path / "log")
+    assert status == 1
+    assert text == "[Error] checkpoints cannot be written to {}: Read-only file system\n".format(small_disk)
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pth.tar", "checkpoint.prev.pth.tar", "model_best.pth.tar"])
+@pytest.mark.parametrize("kind", ["folder", "link", "dangling link", "pipe"])
+def test_what_is_no_ordinary_file_is_not_replaced(kind, name, tmp_path):
+    path, target = tmp_path / "out" / name, tmp_path / "target"
+    path.parent.mkdir()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(str(path))
+    else:
+        path.symlink_to(target)
+        if kind == "link":
+            target.write_text("precious")
+    with pytest.raises(Exception, match="{} is no ordinary file".format(re.escape(str(path)))):
+        checkpoints(path.parent)
+    assert os.path.lexists(str(path)) and (kind != "link" or target.read_text() == "precious")
+
+
+def checkpoints(folder, **values):
+    """Return the `Checkpoints` of a run without a network."""
+    ranks = types.SimpleNamespace(is_main=True, catch_signals=lambda save: None)
+    args = {"output_dir": str(folder), "save_steps": 0, "on_save_error": "stop", "resume": None}
+    args.update(no_save=False, evaluate=False, **values)
+    log = types.SimpleNamespace(line=print, last_checkpoint=None, state_dict=dict)
+    part = types.SimpleNamespace(state_dict=dict)
+    parts = {"state_dict": part, "optimizer": part}
+    device = types.SimpleNamespace(ranks=ranks)
+    return Checkpoints(device, types.SimpleNamespace(**args), log, None, parts, {"arch": "none", "classes": []})
+
+
+def save(item, epoch, best=False):
+    item.epoch = epoch
+    item.save(best)
+
+
+def test_the_newest_two_and_the_best_are_kept(tmp_path):
+    item = checkpoints(tmp_path)
+    for epoch, best in ((1, True), (2, False), (3, False)):
+        save(item, epoch, best)
+    epochs = {path.name: safe_load.read(str(path))["epoch"] for path in tmp_path.iterdir()}
+    assert epochs == {"checkpoint.pth.tar": 3, "checkpoint.prev.pth.tar": 2, "model_best.pth.tar": 1}
+
+
+def test_a_failure_at_every_step_of_saving(tmp_path, monkeypatch):
+    """Whichever call fails, each file is an old or a new one, whole, and no temporary is left."""
+    calls = ("link", "replace", "fsync", "open", "rename")
+    for failing in range(40):
+        folder = tmp_path / str(failing)
+        folder.mkdir()
+        item = checkpoints(folder)
+        save(item, 1, best=True)
+        save(item, 2)
+        left = [failing]
+
+        def fail(function, left=left):
+            def instead(*words, **options):
+                left[0] -= 1
+                if left[0] == -1:
+                    raise OSError(errno.EDQUOT, "Disk quota exceeded")
+                return function(*words, **options)
+
+            return instead
+
+        with monkeypatch.context() as patch:
+            for name in calls:
+                patch.setattr(os, name, fail(getattr(os, name)))
+            try:
+                save(item, 3, best=True)
+            except Exception as error:
+                assert "Disk quota exceeded" in str(error)
+        epochs = {path.name: safe_load.read(str(path))["epoch"] for path in folder.iterdir()}
+        assert sorted(epochs) == ["checkpoint.prev.pth.tar", "checkpoint.pth.tar", "model_best.pth.tar"]
+        assert epochs["checkpoint.pth.tar"] in (2, 3) and epochs["checkpoint.prev.pth.tar"] in (1, 2)
+        if left[0] >= 0:
+            assert failing > 5 and epochs == dict.fromkeys(epochs, 3, **{"checkpoint.prev.pth.tar": 2})
+            return
+    raise AssertionError("saving makes more calls than this test expects")
+
+
+def test_without_hard_links(tmp_path, monkeypatch):
+    def refuse(*names):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    test_the_newest_two_and_the_best_are_kept(tmp_path)
+
+
+def test_stale_temporaries_are_removed_and_nothing_else(tmp_path):
+    for name in ("checkpoint.pth.tar.tmp-12", "model_best.pth.tar.tmp-3", "mine.tmp-1", "checkpoint.pth.tar.prev-1"):
+        (tmp_path / name).write_text("x")
+    checkpoints(tmp_path)
+    assert sorted(os.listdir(str(tmp_path))) == ["checkpoint.pth.tar.prev-1", "mine.tmp-1"]
+
+
+def test_the_umask_decides_who_may_read(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save(checkpoints(tmp_path), 1)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "checkpoint.pth.tar").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_planted_link_is_not_written_through(tmp_path):
+    """The temporary's name can be guessed; what lies there is not opened."""
+    item = checkpoints(tmp_path)
+    (tmp_path / "checkpoint.pth.tar.tmp-{}".format(os.getpid())).symlink_to(tmp_path / "target")
+    with pytest.raises(Exception, match="File exists"):
+        save(item, 1)
+    assert not (tmp_path / "target").exists()
+
+
+def test_two_runs_in_one_folder(mnasnet, data, tmp_path, monkeypatch):
+    handle = os.open(str(tmp_path), os.O_RDONLY)
+    files.fcntl.flock(handle, files.fcntl.LOCK_EX)
+    words = chaos.flags("MnasNet", data, tmp_path, "--max-steps", "1")
+    status, text = mnasnet.run(words, tmp_path / "log")
+    assert status == 1
+    assert text.splitlines()[-1].startswith("[Error] another run writes its checkpoints to {}".format(tmp_path))
+    os.close(handle)
+    assert mnasnet.run(words, tmp_path / "log")[0] == 0
