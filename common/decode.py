@@ -93,15 +93,26 @@ class EncodedImage:
     def rows(self, end):
         """Return uint8 RGB pixels [rows, width, 3] as numpy; those below row `end` need not be there."""
         if self._header is not None:
-            data, at = bytearray(self._data), self._header.height_at
-            # libjpeg stops after the rows that the header promises; two more give the last row its chroma context.
-            height = min(self.height, end + 2)
-            data[at], data[at + 1] = height >> 8, height & 255
             try:
-                return simplejpeg.decode_jpeg(data, "RGB", strict=False)
+                pixels = self._decode_jpeg(min(self.height, end + 2))
             except ValueError:
-                self._image = Image.open(io.BytesIO(self._data))  # PIL has the last word on a damaged file
-        return np.asarray(self._image.convert("RGB"))
+                pixels = None
+            if pixels is not None and pixels.shape[1] == self.width:
+                return pixels
+            self._image = Image.open(io.BytesIO(self._data))  # PIL has the last word on a damaged file
+        return np.array(self._image.convert("RGB"))
+
+    def _decode_jpeg(self, height):
+        """Return the first `height` rows (two more than are needed give the last one its chroma context), or None."""
+        if height == self.height:
+            return simplejpeg.decode_jpeg(self._data, "RGB", strict=True)
+        # libjpeg stops after the rows that the header promises, and warns of the rest of the file. So not strict: then
+        # damage shows as rows that nobody has written.
+        data, at = bytearray(self._data), self._header.height_at
+        data[at], data[at + 1] = height >> 8, height & 255
+        pixels = np.zeros((height, self.width, 3), dtype=np.uint8)
+        pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=pixels, strict=False)
+        return pixels if pixels[-1].any() else None
 
 
 def _resize(pixels, box, size, interpolation):

@@ -13,7 +13,7 @@ from common.errors import UserError
 
 _LEGACY_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # of what torch.save wrote before it wrote zip files
 _REFUSED = "Unsupported global: GLOBAL {}.{}"
-_REFUSED_BY_TORCH = re.compile(r"Unsupported (?:global: GLOBAL|class) (\S+)")
+_ANY_REFUSED = re.compile(r"[Uu]nsupported (?:global: )?(?:GLOBAL|class) ([\w.]+)")  # by torch too
 
 
 def read(path):
@@ -31,12 +31,14 @@ def read(path):
     except OSError as error:
         raise UserError("{} cannot be read: {}".format(path, error.strerror or error)) from None
     except Exception as error:  # a damaged file raises whatever its bytes happen to mean
-        refused = _REFUSED_BY_TORCH.search(str(error))
+        refused = _ANY_REFUSED.search(str(error))
         if refused:
             raise UserError(
                 "{} holds more than tensors and plain values ({}); it was not loaded".format(path, refused.group(1))
             ) from None
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        # What torch says before this would have the user load the file without `weights_only`.
+        reason = str(error).split("WeightsUnpickler error:")[-1].strip() or type(error).__name__
+        reason = reason.splitlines()[0][:200]
         raise UserError("{} is damaged or no checkpoint ({})".format(path, reason)) from None
     if not isinstance(content, dict):
         raise UserError("{} holds no state dict".format(path))

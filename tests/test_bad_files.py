@@ -31,7 +31,8 @@ def mnasnet():
 def saved(mnasnet, data, tmp_path):
     """A folder with the checkpoints of a short run, of about 8 MB each."""
     out = tmp_path / "saved"
-    status, text = mnasnet.run(chaos.flags("MnasNet", data, out, "--max-steps", "4", "--save-steps", "2"), tmp_path / "0")
+    words = chaos.flags("MnasNet", data, out, "--max-steps", "4", "--save-steps", "2")
+    status, text = mnasnet.run(words, tmp_path / "log")
     assert status == 0, text
     return out
 
@@ -161,7 +162,7 @@ def test_a_failure_at_every_step_of_saving(tmp_path, monkeypatch):
         assert sorted(epochs) == ["checkpoint.prev.pth.tar", "checkpoint.pth.tar", "model_best.pth.tar"]
         assert epochs["checkpoint.pth.tar"] in (2, 3) and epochs["checkpoint.prev.pth.tar"] in (1, 2)
         if left[0] >= 0:
-            assert failing > 5 and epochs == dict.fromkeys(epochs, 3, **{"checkpoint.prev.pth.tar": 2})
+            assert failing > 5 and epochs == dict(dict.fromkeys(epochs, 3), **{"checkpoint.prev.pth.tar": 2})
             return
     raise AssertionError("saving makes more calls than this test expects")
 

@@ -31,13 +31,16 @@ def test_each_network_equals_the_cpu_forward_and_backward():
 
 
 def test_twenty_steps_in_float32_lose_what_the_cpu_loses(bundle_copy, few_digits):
-    bundle = bundle_copy("MnasNet")
-    options = ["--data_path={}".format(few_digits), "--opt-level=O0", "--max_steps=20", "--epochs=9", "--batch_size=8"]
+    """Of sMLPNet: where there are ReLUs, two memory layouts on one CPU already part after a step."""
+    bundle = bundle_copy("SPACH-SMLP")
+    options = ["--data_path={}".format(few_digits), "--opt-level=O0", "--max_steps=20", "--batch_size=8"]
+    options += ["--learning_rate=0.01", "--warmup-epochs=1", "--workers=1", *small("SPACH-SMLP")]
     losses = []
     for device in ("cpu", "npu"):
-        script(bundle, "full_1p", "--device=" + device, *options, "--image-size=64", "--workers=1", "--lr=0.01")
+        script(bundle, "performance_1p", "--device=" + device, *options)
         losses.append(loss_file(bundle))
-    assert len(losses[0]) == len(losses[1]) == 20
+    assert len(losses[0]) == 20
+    assert max(losses[0]) - min(losses[0]) > 0.1
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
@@ -46,11 +49,12 @@ def test_it_learns_as_much_as_on_the_cpu(bundle, digits, tmp_path):
     epochs = 8 if LONG else 1
     flags = ["--data", digits, "-b", "32", "--opt-level=O1" if LONG else "--opt-level=O0", "--amp", "--flip=0"]
     flags += ["--lr=0.1", "--warmup-epochs=1", "--crop-scale=0.6", "--epochs={}".format(epochs)]
+    flags += [] if LONG else ["--max-steps=20"]
     accuracies = []
     for device in ("cpu", "npu"):
         output = main(bundle, *flags, "--device=" + device, "--output-dir", tmp_path / device, timeout=1800)
         accuracies.append([float(text) for text in re.findall(r"^ \* Acc@1 ([\d.]+)", output, re.MULTILINE)][-1])
-    assert accuracies[0] > (80 if LONG else 10)
+    assert accuracies[0] > (80 if LONG else 8)
     assert accuracies[1] == pytest.approx(accuracies[0], abs=1)
 
 
@@ -62,6 +66,7 @@ def test_every_mode_of_the_scripts(bundle, cards, bundle_copy, few_digits, tmp_p
     chip = CHIPS[cards % 2]
     data = "--data_path={}".format(few_digits)
     common = ["--device=npu", "--rank_size={}".format(cards), "--batch_size=4", "--workers=1", *small(bundle)]
+    common.append("--learning_rate=0.001")
     modes = {
         "full": [data, "--epochs=1", "--output_dir={}".format(tmp_path)],
         "performance": ["--max_steps=4", "--num-classes=10"],
@@ -69,6 +74,8 @@ def test_every_mode_of_the_scripts(bundle, cards, bundle_copy, few_digits, tmp_p
         "finetune": [data, "--epochs=1", "--resume={}".format(tmp_path / "model_best.pth.tar"), "--no-save"],
     }
     for mode, options in modes.items():
+        if cards == 2 and mode not in ("full", "eval"):
+            continue
         script(place, "{}_{}".format(mode, kind), *common, *options, timeout=1800, FAKE_NPU_SOC=chip)
         for result in {"performance": ["perf"], "eval": ["acc"]}.get(mode, ["perf", "acc"]):
             values = result_file(place, result)
@@ -76,23 +83,22 @@ def test_every_mode_of_the_scripts(bundle, cards, bundle_copy, few_digits, tmp_p
             assert values["RankSize"] == str(cards)
 
 
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", CHIPS if LONG else ["Ascend910B3"])
 @pytest.mark.parametrize("bundle", ["MnasNet", "SPACH-SMLP"])  # SGD, AdamW
 def test_the_fused_optimizer_gives_the_same_losses(bundle, chip, few_digits, tmp_path):
     """Also where the first step is skipped, which is before it has made its buffers, and after a resume."""
-    flags = ["--device=npu", "--data", few_digits, "-b", "8", "--eval-freq=0", "--print-freq=1", "--max-steps=8"]
-    variables = {"FAKE_NPU_SOC": chip, "FAKE_NPU_OVERFLOW": "0:5"}
+    flags = ["--device=npu", "--data", few_digits, "-b", "8", "--eval-freq=0", "--print-freq=1", "--epochs=9"]
+    flags += ["--amp", "--opt-level=O1", "--loss-scale=1", "--lr=0.001"]
+    plain, fused = [], ["--fused-optimizer"]
     outputs = []
-    for fused in ([], ["--fused-optimizer"]):
-        folder = tmp_path / "checkpoints{}".format(len(fused))
-        amp = ["--amp", "--opt-level=O1", "--loss-scale=1", "--epochs=9", "--output-dir", folder, *fused]
-        first = main(bundle, *flags, *amp, "--lr=0.001", **variables)
-        more = ["--max-steps=10", "--resume", folder / "checkpoint.pth.tar"]
-        # The second run takes the state of the first, and the two kinds take each other's.
-        other = [] if fused else ["--fused-optimizer"]
-        resumed = main(bundle, *flags, *amp[:6], *other, "--lr=0.001", *more, "--no-save", FAKE_NPU_SOC=chip)
-        outputs.append([float(loss) for loss in re.findall(r"Loss (\S+)", first + resumed)])
-    assert len(outputs[0]) == 10
+    for kind, other in ((plain, fused), (fused, plain)):  # the two take each other's state
+        folder = tmp_path / "checkpoints{}".format(len(kind))
+        steps = [*flags, "--max-steps=4", "--output-dir", folder]
+        output = main(bundle, *steps, *kind, FAKE_NPU_SOC=chip, FAKE_NPU_OVERFLOW="0:5")
+        resume = [*flags, "--max-steps=6", "--resume", folder / "checkpoint.pth.tar", "--no-save"]
+        output += main(bundle, *resume, *other, FAKE_NPU_SOC=chip)
+        outputs.append([float(loss) for loss in re.findall(r"Loss (\S+)", output)])
+    assert len(outputs[0]) == 6
     assert outputs[1] == pytest.approx(outputs[0], rel=2e-3)
 
 

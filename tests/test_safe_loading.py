@@ -105,14 +105,14 @@ def test_the_bombs_are_live(tmp_path):
 
 def test_what_is_harmless_is_read(way, tmp_path):
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     model(torch.randn(2, 3, 8, 8)).sum().backward()
     optimizer.step()
     content = {
         "state_dict": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "plain": [1, 2.5, "three", None, True, (4,), {"five": b"6"}, "\udcff"],
-        "types": [torch.zeros(2, dtype=d) for d in (torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool)],
+        "types": [torch.zeros(2, dtype=d) for d in (torch.float16, torch.bfloat16, torch.int64, torch.bool)],
         "more": [torch.Size([1, 2]), torch.float32, torch.nn.Parameter(torch.ones(2))],
     }
     for zipped in (True, False):
@@ -136,7 +136,7 @@ def test_damage_is_damage(way, tmp_path):
         try:
             assert torch.equal(safe_load.read(str(path))["state_dict"]["w"], torch.arange(4000))
         except UserError as error:
-            assert "damaged" in str(error) or "more than tensors" in str(error)  # noqa: PT017
+            assert "damaged" in str(error) or "more than tensors" in str(error)
     for length in range(0, len(data), 997):
         path.write_bytes(data[:length])
         with pytest.raises(UserError, match="damaged"):

@@ -184,6 +184,11 @@ class Server:
         self._server.stdin.flush()
         return int(self._server.stdout.readline())
 
+    @staticmethod
+    def wait_for(log, pattern):
+        """Wait until the run has printed `pattern`."""
+        wait_for(lambda: re.search(pattern, pathlib.Path(str(log)).read_text(errors="replace")))
+
     def end(self):
         """Wait for the end of the run and return its exit status, negative after a signal."""
         return int(self._server.stdout.readline())

@@ -20,7 +20,8 @@ for line in sys.stdin:
         os.close(0)
         if request["file_size"]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"], request["file_size"]))
-        sys.exit(main.errors.run(lambda: main.main(request["flags"])))
+        flags = request["flags"]
+        sys.exit(main.errors.run(lambda flags=flags: main.main(flags)))
     print(pid, flush=True)
     status = os.waitpid(pid, 0)[1]
     print(-os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status), flush=True)

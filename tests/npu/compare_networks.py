@@ -6,11 +6,11 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-import common  # noqa: E402, F401  isort: skip
-import torch  # noqa: E402
+import common  # noqa: F401  isort: skip
+import torch
 
-from tests import deterministic  # noqa: E402
-from tests.bundles import BUNDLES, imported  # noqa: E402
+from tests import deterministic
+from tests.bundles import BUNDLES, imported
 
 ARCHITECTURES = {
     "MnasNet": lambda models: models.mnasnet0_5(10),

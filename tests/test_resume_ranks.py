@@ -1,0 +1,63 @@
+"""A run may go on with another number of ranks: each image of the epoch is still seen exactly once."""
+
+import sys
+import types
+
+import pytest
+import torch
+
+from common import input
+from common.decode import RandomResizedCrop
+from common.folder import ImageFolder
+from common.ranks import Ranks
+from tests import chaos
+from tests.bundles import ROOT
+
+COUNT = 96
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A set with a class for each image, so that a target tells which image it was."""
+    return chaos.make_images(tmp_path_factory.mktemp("unique"), COUNT, COUNT, classes=COUNT)
+
+
+def loader(data, rank, world):
+    """Return the `Loader` of one rank of `world` that are not there."""
+    ranks = Ranks()
+    ranks.agree = lambda number=0: number
+    ranks.rank, ranks.world_size, ranks.local_world_size = rank, world, world
+    device = types.SimpleNamespace(torch_device=torch.device("cpu"), ranks=ranks, likes_channels_last=True)
+    args = types.SimpleNamespace(batch_size=2, workers=0, seed=1, max_bad_images=0)
+    images = ImageFolder(data, "train")
+    return input.Loader(device, images, RandomResizedCrop(8), args, (0.5,) * 3, (0.5,) * 3, training=True)
+
+
+@pytest.mark.parametrize("worlds", [(4, 2, 8), (8, 1, 3), (1, 8, 4), (3, 5, 7)])
+def test_each_image_once(worlds, data):
+    start, seen = 0, []
+    for world, steps in zip(worlds, (3, 5, None)):
+        for rank in range(world):
+            batches = [targets for _, targets in loader(data, rank, world).batches(epoch=2, start=start)]
+            seen += torch.cat(batches[:steps]).tolist()
+        if steps:
+            start += world * 2 * steps
+    assert len(seen) == len(set(seen))
+    # What is left for a last batch of fewer than two images a rank is left out, as without a change of ranks.
+    assert COUNT - len(seen) < 2 * worlds[-1]
+    if worlds == (4, 2, 8):
+        assert sorted(seen) == list(range(COUNT)) or COUNT - len(seen) == (COUNT - start) % 16
+
+
+def test_each_image_once_in_real_runs(data, tmp_path):
+    """4, 2 and 8 ranks in the long form."""
+    worlds, ends, batch = ((4, 2, 8), (2, 7, 0), 4) if chaos.LONG else ((2, 1, 3), (3, 9, 0), 4)
+    for world, end in zip(worlds, ends):
+        words = [sys.executable, ROOT / "tests" / "chaos" / "targets.py", tmp_path, ROOT / "MnasNet"]
+        words += chaos.flags("MnasNet", data, tmp_path, "--epochs", "1", "--eval-freq", "0", "--resume", "auto")
+        words += ["-j", "1", "--max-steps", end, "--device-list", ",".join(map(str, range(world)))]
+        job = chaos.Job(words, tmp_path / "log")
+        assert job.end(60 * world) == 0, job.text()
+    assert batch * worlds[0] * ends[0] < COUNT
+    seen = [int(line) for line in (tmp_path / "targets").read_text().split()]
+    assert sorted(seen) == list(range(COUNT))
