@@ -94,4 +94,4 @@ def _let_rank_0_speak_first():
     # All ranks usually meet the same error: when rank 0 ends, the launcher ends the others before they repeat it.
     if os.environ.get("RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(2)
+        time.sleep(10)

@@ -14,14 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-from common import input
+from common import decode, input
 from common.decode import CenterCrop, EncodedImage, RandomResizedCrop
 from common.errors import UserError
 from common.folder import ImageFolder
 from common.ranks import Ranks
 from tests import chaos
 
-MUTATIONS = 2000 if chaos.LONG else 300
+MUTATIONS = 2000
 SIDE = 32
 
 
@@ -114,6 +114,14 @@ def test_odd_images_are_decoded_as_pil_does(name):
             transform(EncodedImage(data), torch.zeros(SIDE, SIDE, 3, dtype=torch.uint8))
 
 
+def is_damaged(data):
+    try:
+        decode.simplejpeg.decode_jpeg(data, "RGB", strict=True)
+    except ValueError:
+        return True
+    return False
+
+
 def mutated(draw, data):
     """Return `data` with flipped bytes, a cut, a repeated piece, or a changed header."""
     data = bytearray(data)
@@ -147,7 +155,8 @@ def test_mutated_images_fail_or_give_pils_pixels():
             counts["both fail"] += 1
         else:
             assert np.array_equal(ours, theirs)
-            assert np.array_equal(EncodedImage(data).rows(20)[:20], theirs[:20])
+            # The first rows of a damaged file may depend on how many are decoded; those of a good one do not.
+            assert is_damaged(data) or np.array_equal(EncodedImage(data).rows(20)[:20], theirs[:20])
             counts["equal"] += 1
     assert min(counts.values()) > MUTATIONS / 20, counts
 
@@ -192,7 +201,7 @@ def loader(images, training, workers=2, batch=4, share=1.0, rank=0, world=1):
 def odd_set(tmp_path, monkeypatch):
     """A set with every odd image, and what is no file: a folder, links into nowhere and into a loop, a pipe, ..."""
     files = odd_images()
-    files.update(("mutated{:04d}.jpg".format(i), mutated(random.Random(i), files["plain.jpg"])) for i in range(40))
+    files.update(("mutated{:04d}.jpg".format(i), mutated(random.Random(i), files["plain.jpg"])) for i in range(200))
     root = tmp_path / "set"
     set_of(root, files)
     for split in ("train", "val"):
@@ -253,7 +262,7 @@ def test_training_replaces_deterministically(odd_set):
     assert results[0][1] == results[1][1]
     # A crop is decoded from the rows it needs: damage below them is not met.
     missed = expected_bad(images) - results[0][1]
-    assert results[0][1] <= expected_bad(images) and len(missed) < 8
+    assert results[0][1] <= expected_bad(images) and len(missed) < 30
     assert all("mutated" in images.path(index) for index in missed)
     assert sorted(results[0][2]) == sorted(results[1][2]) and len(set(results[0][2])) == len(results[0][2])
 

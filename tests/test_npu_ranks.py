@@ -74,17 +74,8 @@ def evaluation(output):
 
 
 def test_one_and_eight_cards_measure_the_same(trained_on_eight, digits, few_digits):
-    flags = [
-        "--data",
-        digits if LONG else few_digits,
-        "-b",
-        "32",
-        "--evaluate",
-        "--resume",
-        trained_on_eight,
-        "--workers=0",
-        *small("MnasNet"),
-    ]
+    data = digits if LONG else few_digits
+    flags = ["--data", data, "-b", "32", "--workers=0", "--evaluate", "--resume", trained_on_eight, *small("MnasNet")]
     lines = []
     for ranks in (1, 8):
         process = run([PYTHON, ROOT / "MnasNet" / "main.py", *flags, *cards(ranks)])

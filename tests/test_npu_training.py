@@ -33,7 +33,7 @@ def test_each_network_equals_the_cpu_forward_and_backward():
 def test_twenty_steps_in_float32_lose_what_the_cpu_loses(bundle_copy, few_digits):
     """Of sMLPNet: where there are ReLUs, two memory layouts on one CPU already part after a step."""
     bundle = bundle_copy("SPACH-SMLP")
-    options = ["--data_path={}".format(few_digits), "--opt-level=O0", "--max_steps=20", "--batch_size=8"]
+    options = ["--data_path={}".format(few_digits), "--opt-level=O0", "--max_steps=20", "--epochs=9", "--batch_size=8"]
     options += ["--learning_rate=0.01", "--warmup-epochs=1", "--workers=1", *small("SPACH-SMLP")]
     losses = []
     for device in ("cpu", "npu"):

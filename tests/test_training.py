@@ -15,7 +15,7 @@ from tests.bundles import BUNDLES, ROOT, imported
 from tests.conftest import LONG, loss_file, result_file, run, run_script
 from tests.test_scripts import assert_refused, small
 
-DIGITS = ["--batch_size=32", "--image-size=48", "--learning_rate=0.05", "--warmup-epochs=1", "--flip=0"]
+DIGITS = ["--batch_size=32", "--image-size=48", "--learning_rate=0.02", "--warmup-epochs=1", "--flip=0", "--dropout=0"]
 
 
 @pytest.fixture(scope="module")

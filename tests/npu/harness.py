@@ -64,7 +64,9 @@ def assert_all_on_the_cards(folder, ranks, steps):
     What a step copies back to the host must be a few numbers: more would be computing on the CPU in between.
     """
     for rank in range(ranks):
-        numbers = json.loads((folder / "rank{}.json".format(rank)).read_text())
+        file = folder / "rank{}.json".format(rank)
+        assert file.exists(), "rank {} computed nothing on a card".format(rank)
+        numbers = json.loads(file.read_text())
         assert list(numbers["calls"]) == [str(rank)], "rank {} computed on cards {}".format(
             rank, list(numbers["calls"])
         )
