@@ -215,7 +215,7 @@ class Loader:
         self.bad, self.unnamed, self._known_bad = set(), [], set()
         self._budget = args.max_bad_images * len(images)
         self.epoch, self.start = 0, 0
-        self.wait_seconds = 0.0
+        self.wait_seconds, self._workers_run = 0.0, False
         self.order = np.arange(len(images))
         if not training:
             self.batch_size = min(self.batch_size, -(-len(images) // self.world))
@@ -273,7 +273,9 @@ class Loader:
         else:
             self.bad = set()
         ranks = self.device.ranks
-        batches = ranks.wait(lambda: iter(self._batches))
+        # A fork is no place to be interrupted, and does not wait; workers that run already are waited for.
+        are_running, self._workers_run = self._workers_run, True
+        batches = ranks.wait(lambda: iter(self._batches)) if are_running else iter(self._batches)
         for _ in range(self.steps_from(start)):
             started = time.perf_counter()
             slot, count, bad = ranks.wait(lambda: next(batches)) or (0, 0, [])

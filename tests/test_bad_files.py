@@ -200,12 +200,16 @@ def test_a_planted_link_is_not_written_through(tmp_path):
     assert not (tmp_path / "target").exists()
 
 
-def test_two_runs_in_one_folder(mnasnet, data, tmp_path, monkeypatch):
-    handle = os.open(str(tmp_path), os.O_RDONLY)
+def test_two_runs_in_one_folder(mnasnet, data, saved, tmp_path):
+    """The second one is refused, unless it only measures."""
+    handle = os.open(str(saved), os.O_RDONLY)
     files.fcntl.flock(handle, files.fcntl.LOCK_EX)
-    words = chaos.flags("MnasNet", data, tmp_path, "--max-steps", "1")
+    words = chaos.flags("MnasNet", data, saved, "--max-steps", "1")
     status, text = mnasnet.run(words, tmp_path / "log")
     assert status == 1
-    assert text.splitlines()[-1].startswith("[Error] another run writes its checkpoints to {}".format(tmp_path))
+    assert text.splitlines()[-1].startswith("[Error] another run writes its checkpoints to {}".format(saved))
+    measure = [*words, "--evaluate", "--resume", saved / "model_best.pth.tar"]
+    status, text = mnasnet.run(measure, tmp_path / "log")
+    assert status == 0 and "* Acc@1" in text
     os.close(handle)
     assert mnasnet.run(words, tmp_path / "log")[0] == 0

@@ -314,6 +314,7 @@ def test_names_cannot_write_into_the_log(tmp_path):
         assert all(line.replace("\t", "").isprintable() for line in lines)
         assert len([line for line in lines if line.startswith("Epoch: [9]")]) == 0
         assert not [line for line in lines if line.startswith(("=> result {}", " * Acc@1 99.9"))]
+    assert not [line for line in text.splitlines() if line.startswith("[Warning]") and "\t" in line]
     assert len(re.findall(r"\[Warning\] \S*/train/.* cannot be read", text)) == 5
     assert len(re.findall(r"\[Warning\] \S*/val/.* cannot be read", text)) == 5
     assert "5 validation images could not be read; they count as wrong" in text

@@ -41,10 +41,11 @@ def test_weights_stay_equal_when_one_rank_overflows(bundle, chip, ranks, few_dig
     variables = {"FAKE_NPU_SOC": chip, "FAKE_NPU_STATS": str(tmp_path), "FAKE_NPU_OVERFLOW": overflow}
     process = run([PYTHON, *command, *flags], timeout=1200, **variables)
     assert_fine(process)
+    assert "Gradient overflow" not in process.stdout  # torch_npu's scaler says so on every rank
     weights = [(tmp_path / "rank{}".format(rank)).read_text() for rank in range(ranks)]
     assert len(set(weights)) == 1, weights
     assert 1 <= int(weights[0].split()[1]) < steps, "{} steps were skipped".format(weights[0].split()[1])
-    assert_all_on_the_cards(tmp_path, ranks, steps)
+    assert_all_on_the_cards(tmp_path, ranks, steps, most_copies=steps + 5)
 
 
 @pytest.fixture(scope="module")

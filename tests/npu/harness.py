@@ -58,10 +58,10 @@ def cards(ranks):
     return ["--device=npu", "--device-list", ",".join(map(str, range(ranks)))]
 
 
-def assert_all_on_the_cards(folder, ranks, steps):
+def assert_all_on_the_cards(folder, ranks, steps, most_copies):
     """Check $FAKE_NPU_STATS: each rank computed forward and backward on its own card, and only there.
 
-    What a step copies back to the host must be a few numbers: more would be computing on the CPU in between.
+    Only log points and the start of DDP copy anything back to the host: a copy per step is computing on the CPU.
     """
     for rank in range(ranks):
         file = folder / "rank{}.json".format(rank)
@@ -75,6 +75,5 @@ def assert_all_on_the_cards(folder, ranks, steps):
         assert layers >= 10 and layers == int(layers), "{} convolutions in {} steps".format(layers * steps, steps)
         assert calls["convolution"] >= layers * steps
         assert sum(calls.get(name, 0) for name in ("add_", "_foreach_add_", "addcdiv_", "_foreach_addcdiv_")) >= steps
-        assert numbers["largest_to_host"] < 1000, "a tensor of {} numbers went to the host".format(
-            numbers["largest_to_host"]
-        )
+        copies = numbers["copies_to_host"]
+        assert copies <= most_copies, "{} copies to the host, of up to {}".format(copies, numbers["largest_to_host"])
