@@ -56,7 +56,7 @@ def test_it_learns_as_much_as_on_the_cpu(bundle, digits):
     for device in ("cpu", "npu"):
         output = main(bundle, *flags, "--device=" + device, "--no-save", timeout=1800)
         accuracies.append([float(text) for text in re.findall(r"^ \* Acc@1 ([\d.]+)", output, re.MULTILINE)][-1])
-    assert accuracies[0] > (95 if LONG else 5)
+    assert accuracies[0] > (90 if LONG else 5)
     assert accuracies[1] == pytest.approx(accuracies[0], abs=1)
 
 

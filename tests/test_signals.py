@@ -19,7 +19,7 @@ SECONDS = 20  # to save and end, of one rank that has a core to itself
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return chaos.make_images(tmp_path_factory.mktemp("noise"))
+    return chaos.make_images(tmp_path_factory.mktemp("noise"), train=20 * RANKS)
 
 
 def script(bundle, data, out, ranks, *more):
