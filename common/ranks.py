@@ -262,7 +262,7 @@ class Ranks:
             return
         timeout = datetime.timedelta(minutes=minutes)
         try:
-            dist.init_process_group(backend, init_method="env://", timeout=timeout)
+            dist.init_process_group(backend, timeout=timeout, **self._meeting(timeout))
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 "rank {} of {} did not meet the others at {}:{}: {}".format(
@@ -275,6 +275,16 @@ class Ranks:
             ) from None
         # Host decisions must neither wait for the device nor be computed on it.
         self._host_group = dist.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else dist.group.WORLD
+
+    def _meeting(self, timeout):
+        """Return the arguments of `init_process_group` that say where the ranks meet."""
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            return {"init_method": "env://"}
+        # The launcher's store outlives the ranks: what those before a restart have left there is not for us.
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, self.world_size, False, timeout)
+        attempt = "attempt {}".format(os.environ.get("TORCHELASTIC_RESTART_COUNT"))
+        return {"store": dist.PrefixStore(attempt, store), "rank": self.rank, "world_size": self.world_size}
 
     def catch_signals(self, save):
         """From now on a signal does not end the process: `agree` calls `save(signum)` first, and raises `Stopped`."""
