@@ -120,12 +120,13 @@ class RandomErasing:
     """Replace a random box of some images of a batch by noise, a number per pixel (Zhong et al., 2017; as timm's)."""
 
     def __init__(self, probability):
-        self._erase = transforms.RandomErasing(probability, (0.02, 1 / 3), (0.3, 1 / 0.3), value="random")
+        boxes = {"scale": (0.02, 1 / 3), "ratio": (0.3, 1 / 0.3)}
+        self._erase = transforms.RandomErasing(probability, value="random", inplace=True, **boxes)
 
     def __call__(self, images):
         """Return float `images` [B, 3, H, W], normalised, with the boxes erased in place."""
         for image in images if self._erase.p else ():
-            image.copy_(self._erase(image))
+            self._erase(image)
         return images
 
 
@@ -160,11 +161,13 @@ class AveragedWeights:
 
     def __init__(self, model, decay):
         self.model, self._decay = copy.deepcopy(model).eval(), decay
+        # A state dict's tensors are the model's own, so the pairs stay true from step to step.
+        self._pairs = list(zip(self.model.state_dict().values(), model.state_dict().values()))
 
-    def update(self, model):
-        """Take a step of `model` into the average."""
+    def update(self):
+        """Take the model's last step into the average."""
         with torch.no_grad():
-            for average, value in zip(self.model.state_dict().values(), model.state_dict().values()):
+            for average, value in self._pairs:
                 if average.is_floating_point():
                     average.lerp_(value, 1 - self._decay)
                 else:
@@ -211,7 +214,7 @@ def train_one_epoch(epoch, model, augment, criterion, optimizer, schedule, preci
             logits = model(images)
             loss = criterion(logits, soft_targets)
         precision.step(loss, optimizer)
-        average.update(model)
+        average.update()
         epoch.step(loss, logits, targets, learning_rate)
         checkpoints.after_step(epoch)
 

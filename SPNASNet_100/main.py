@@ -113,12 +113,13 @@ class RandomErasing:
     """Replace a random box of some images of a batch by noise, a number per pixel (Zhong et al., 2017; as timm's)."""
 
     def __init__(self, probability):
-        self._erase = transforms.RandomErasing(probability, (0.02, 1 / 3), (0.3, 1 / 0.3), value="random")
+        boxes = {"scale": (0.02, 1 / 3), "ratio": (0.3, 1 / 0.3)}
+        self._erase = transforms.RandomErasing(probability, value="random", inplace=True, **boxes)
 
     def __call__(self, images):
         """Return float `images` [B, 3, H, W], normalised, with the boxes erased in place."""
         for image in images if self._erase.p else ():
-            image.copy_(self._erase(image))
+            self._erase(image)
         return images
 
 

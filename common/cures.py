@@ -3,7 +3,6 @@
 CURES = (
     ("Cannot re-initialize NPU in forked", "data sets and transforms run in other processes: keep them on the CPU"),
     ("Cannot re-initialize CUDA in forked", "data sets and transforms run in other processes: keep them on the CPU"),
-    ("out of memory", "take a smaller --batch-size, or end the other job on this card (npu-smi info, nvidia-smi)"),
     (
         "error code is 507033",
         "the card cannot be opened: is it healthy (npu-smi info), is its /dev/davinci* in the container?",

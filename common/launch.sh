@@ -102,9 +102,8 @@ case $mode in
 eval | finetune)
     if [ -z "$resume" ] || [ "$resume" = auto ]; then
         resume=''
-        for file in "$bundle" "$output" "$output".prev-*; do
-            [ ! -f "$file/model_best.pth.tar" ] || resume=$file/model_best.pth.tar
-            [ ! -f "$bundle/model_best.pth.tar" ] || break
+        for folder in "$output".prev-* "$output" "$bundle"; do # from the oldest to the one to prefer
+            [ ! -f "$folder/model_best.pth.tar" ] || resume=$folder/model_best.pth.tar
         done
         [ -n "$resume" ] || fail "no model_best.pth.tar in $bundle: train first, or give --resume=FILE"
     fi

@@ -310,7 +310,3 @@ class Epoch:
         began = time.perf_counter()
         yield
         self._since += time.perf_counter() - began
-
-    def mean_loss(self):
-        """Return the epoch's mean loss up to the last log point."""
-        return self._sums["loss"] / max(1, self._sums["steps"])

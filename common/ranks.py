@@ -251,8 +251,11 @@ class Ranks:
         """Whether this rank writes the files and the log."""
         return self.rank == 0
 
-    def join(self, backend, minutes=30):
-        """Join the process group; the group of the device carries tensors, a gloo group beside it host numbers."""
+    def join(self, backend, minutes=40):
+        """Join the process group; the group of the device carries tensors, a gloo group beside it host numbers.
+
+        `minutes` is more than the 1836 s that HCCL waits: its own error says more than ours.
+        """
         if are_started():
             end_with_parent()
         for signum in STOP_SIGNALS:

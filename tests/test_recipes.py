@@ -135,7 +135,7 @@ def test_the_averaged_weights():
     before = model.weight.detach().clone()
     with torch.no_grad():
         model.weight.add_(1.0)
-    average.update(model)
+    average.update()
     assert torch.allclose(average.model.weight, before + 0.1)
 
 

@@ -1,6 +1,5 @@
 """The 40 scripts as a user types them: their form, what they refuse, and what a run leaves behind."""
 
-import os
 import stat
 import subprocess
 import sys
@@ -205,9 +204,18 @@ def test_the_device_id_names_the_folder(bundle_copy):
     assert (folder / "test" / "output" / "5" / "train_5.log").is_file()
 
 
-def test_shellcheck_and_bash_agree_with_all_scripts():
+def test_bash_can_read_all_scripts():
     scripts = sorted(ROOT.glob("*/test/*.sh")) + sorted((ROOT / "common").glob("*.sh"))
     assert len(scripts) == 8 * len(BUNDLES) + 2
     for script in scripts:
         assert subprocess.call(["bash", "-n", str(script)]) == 0
-    assert os.path.exists(str(ROOT / "common" / "launch.sh"))
+
+
+def test_the_newest_best_checkpoint_is_the_default(bundle_copy, few_digits):
+    folder = bundle_copy("PnasNet5Large")  # it keeps its checkpoints in the output folder
+    output = folder / "test" / "output"
+    for name in ("0.prev-20250101-000000", "0.prev-20260101-000000", "0"):
+        (output / name).mkdir(parents=True)
+        (output / name / "model_best.pth.tar").write_bytes(b"")
+        process = run_script(folder, "eval_1p", "--data_path={}".format(few_digits), "--dry-run")
+        assert "/output/{}/model_best.pth.tar".format(name) in process.stdout
