@@ -175,4 +175,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(errors.run(main))
+    errors.run_and_exit(main)

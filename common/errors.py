@@ -1,5 +1,6 @@
 """Errors that a user can cure: one line on the screen instead of a traceback, and the exit codes."""
 
+import atexit
 import errno
 import os
 import signal
@@ -55,6 +56,19 @@ def run(main):
     _let_rank_0_speak_first()
     say(text)
     return 1
+
+
+def run_and_exit(main):
+    """End the process with the status of `run(main)`.
+
+    The destructors of native code are left out: with a process group still open, as after an error, they race its
+    threads and abort the process now and then.
+    """
+    status = run(main)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _explain(error):

@@ -44,4 +44,4 @@ else:
     arguments = sys.argv[3:]
     launch = ranks.launch
     ranks.launch = lambda args, argv: launch(args, [OUT, BUNDLE, *argv])
-    sys.exit(main.errors.run(lambda: main.main(arguments)))
+    main.errors.run_and_exit(lambda: main.main(arguments))

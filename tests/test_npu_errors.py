@@ -117,7 +117,7 @@ def main():
     torch.npu.set_device(0)
     torch.ones(1).to("npu:0")
     next(iter(torch.utils.data.DataLoader(Images(), num_workers=1)))
-sys.exit(errors.run(main))
+errors.run_and_exit(main)
 """
 
 

@@ -21,4 +21,4 @@ def step_and_write(self, loss, logits, targets, learning_rate):
 
 logger.Epoch.step = step_and_write
 ranks.launch = lambda args, argv: launch(args, [OUT, BUNDLE, *argv])  # the ranks come through here too
-sys.exit(main.errors.run(lambda: main.main(sys.argv[3:])))
+main.errors.run_and_exit(lambda: main.main(sys.argv[3:]))
