@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
 """The entry point's name in the seed of this bundle; the same as main.py."""
 
-
 from main import errors, main
 
 if __name__ == "__main__":
