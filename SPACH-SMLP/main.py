@@ -10,7 +10,6 @@ sMLPNet-T: Acc@1 81.9 (microsoft/SPACH); for eight NPUs: 1628.5 images/s, Acc@1 
     python main.py --data-path /data/imagenet --evaluate --resume model_best.pth.tar
 """
 
-import argparse
 import copy
 import math
 import os
@@ -25,7 +24,7 @@ import torch
 from torch import nn
 
 import models
-from common import checkpoint, device, errors, input, logger, ranks, weights
+from common import arguments, checkpoint, device, errors, input, logger, ranks, weights
 from common.decode import CenterCrop, RandomResizedCrop
 from models import pretrained
 
@@ -37,12 +36,13 @@ NETWORK = "SPACH-SMLP"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def build_parser():
+    """Return the parser of all options: the recipe's, then those that the bundles share."""
+    parser = arguments.parser(__doc__)
     group = parser.add_argument_group("network and recipe")
-    group.add_argument("-a", "--arch", "--model", default="smlpnet_tiny", choices=models.__all__)
+    group.add_argument(
+        "-a", "--arch", "--model", default="smlpnet_tiny", choices=models.__all__, metavar="NAME", help="%(choices)s"
+    )
     group.add_argument("--drop-path", type=float, metavar="RATE", help="default: 0 tiny, 0.2 small, 0.3 base")
     group.add_argument("--image-size", type=int, default=224, metavar="PIXELS", help="val/ is resized to 8/7 of it")
     group.add_argument("--crop-scale", type=float, default=0.08, metavar="MIN", help="smallest crop, share of the area")
@@ -58,7 +58,7 @@ def parse_args(argv=None):
     group.add_argument("--warmup-epochs", type=int, default=20, metavar="N", help="from 1e-6")
     group.add_argument("--cooldown-epochs", type=int, default=0, metavar="N", help="at the lowest rate, 1e-5")
     group.add_argument("--weight-decay", "--wd", type=float, default=0.05, help="not of biases and norms")
-    group.add_argument("--label-smoothing", type=float, default=0.1)
+    group.add_argument("--label-smoothing", type=float, default=0.1, help="share of the target that all classes get")
     group.add_argument("--ema-decay", type=float, default=0.99996, help="of the average of the weights; 0: no average")
     group.add_argument("--eval-ema", action="store_true", help="measure the averaged weights")
     group.add_argument("--eval-freq", type=int, default=1, metavar="EPOCHS", help="0: never measure val/")
@@ -69,7 +69,13 @@ def parse_args(argv=None):
     device.add_arguments(parser)
     checkpoint.add_arguments(parser)
     logger.add_arguments(parser)
-    return parser.parse_args(argv)
+    return parser
+
+
+# Copied from MnasNet/main.py:parse_args
+def parse_args(argv=None):
+    """Return the options of the command line, or of the list `argv`."""
+    return build_parser().parse_args(argv)
 
 
 # Differs from MnasNet: RandAugment, bicubic, repeated augmentation

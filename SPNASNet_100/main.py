@@ -10,7 +10,6 @@ be the validation accuracy: the best published one is timm's, 74.086.
     python main.py --data /data/imagenet --evaluate --resume model_best.pth.tar
 """
 
-import argparse
 import math
 import os
 import sys
@@ -24,7 +23,7 @@ import torch
 from torch import nn
 
 import models
-from common import checkpoint, device, errors, input, logger, ranks, weights
+from common import arguments, checkpoint, device, errors, input, logger, ranks, weights
 from common.decode import CenterCrop, RandomResizedCrop
 from models import pretrained
 
@@ -34,31 +33,44 @@ NETWORK = "SPNASNet_100"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def build_parser():
+    """Return the parser of all options: the recipe's, then those that the bundles share."""
+    parser = arguments.parser(__doc__)
     group = parser.add_argument_group("network and recipe")
-    group.add_argument("-a", "--arch", default="spnasnet_100", type=str.lower, choices=models.__all__)
+    group.add_argument(
+        "-a",
+        "--arch",
+        default="spnasnet_100",
+        type=str.lower,
+        choices=models.__all__,
+        metavar="NAME",
+        help="%(choices)s",
+    )
     group.add_argument("--image-size", type=int, default=224, metavar="PIXELS", help="val/ is resized to 8/7 of it")
     group.add_argument("--crop-scale", type=float, default=0.08, metavar="MIN", help="smallest crop, share of the area")
     group.add_argument("--flip", type=float, default=0.5, metavar="P", help="probability of a horizontal flip")
     group.add_argument("--color-jitter", type=float, default=0.4, help="of brightness, contrast and saturation")
     group.add_argument("--reprob", type=float, default=0.5, metavar="P", help="probability of random erasing")
-    group.add_argument("--epochs", "--epoch", type=int, default=150, metavar="N")
+    group.add_argument("--epochs", "--epoch", type=int, default=150, metavar="N", help="passes over train/")
     group.add_argument("-b", "--batch-size", type=int, default=256, metavar="N", help="per card")
     group.add_argument("--lr", "--learning-rate", type=float, default=0.01, help="for the batch of all cards")
     group.add_argument("--warmup-epochs", type=int, default=5, metavar="N", help="from a tenth of --lr")
-    group.add_argument("--momentum", type=float, default=0.9)
-    group.add_argument("--weight_decay", "--weight-decay", "--wd", type=float, default=1e-4)
-    group.add_argument("--label-smoothing", type=float, default=0.1)
+    group.add_argument("--momentum", type=float, default=0.9, help="of the gradients' average")
+    group.add_argument("--weight_decay", "--weight-decay", "--wd", type=float, default=1e-4, help="of all parameters")
+    group.add_argument("--label-smoothing", type=float, default=0.1, help="share of the target that all classes get")
     group.add_argument("--eval-freq", type=int, default=1, metavar="EPOCHS", help="0: never measure val/")
     group.add_argument("--max-steps", type=int, default=0, metavar="N", help="end the training after N steps")
     input.add_arguments(parser)
     device.add_arguments(parser, opt_level="O2")
     checkpoint.add_arguments(parser)
     logger.add_arguments(parser)
-    return parser.parse_args(argv)
+    return parser
+
+
+# Copied from MnasNet/main.py:parse_args
+def parse_args(argv=None):
+    """Return the options of the command line, or of the list `argv`."""
+    return build_parser().parse_args(argv)
 
 
 # Differs from MnasNet: colour jitter, and both interpolations

@@ -9,7 +9,6 @@ epochs. Published for eight NPUs: 17329.326 images/s, Acc@1 66.246.
     python main.py --data /data/imagenet --evaluate --resume model_best.pth.tar
 """
 
-import argparse
 import math
 import os
 import sys
@@ -22,7 +21,7 @@ BUNDLE = os.path.dirname(os.path.abspath(__file__))
 import torch
 
 import models
-from common import checkpoint, device, errors, input, logger, ranks, weights
+from common import arguments, checkpoint, device, errors, input, logger, ranks, weights
 from common.decode import CenterCrop, RandomResizedCrop
 from models import pretrained
 
@@ -32,12 +31,13 @@ NETWORK = "ShuffleNetV2"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def build_parser():
+    """Return the parser of all options: the recipe's, then those that the bundles share."""
+    parser = arguments.parser(__doc__)
     group = parser.add_argument_group("network and recipe")
-    group.add_argument("-a", "--arch", default="shufflenet_v2_x1_0", choices=models.__all__)
+    group.add_argument(
+        "-a", "--arch", default="shufflenet_v2_x1_0", choices=models.__all__, metavar="NAME", help="%(choices)s"
+    )
     group.add_argument(
         "--channel-shuffle", default="wock", choices=sorted(models.CHANNEL_SHUFFLE), help="same function"
     )
@@ -45,12 +45,22 @@ def parse_args(argv=None):
     group.add_argument("--crop-scale", type=float, default=0.08, metavar="MIN", help="smallest crop, share of the area")
     group.add_argument("--flip", type=float, default=0.5, metavar="P", help="probability of a horizontal flip")
     group.add_argument("--color-jitter", type=float, default=0.2, help="of brightness, contrast and saturation")
-    group.add_argument("--epochs", "--epoch", type=int, default=240, metavar="N")
+    group.add_argument("--epochs", "--epoch", type=int, default=240, metavar="N", help="passes over train/")
     group.add_argument("-b", "--batch-size", type=int, default=1024, metavar="N", help="per card")
     group.add_argument("--learning-rate", "--lr", dest="lr", type=float, default=0.5, help="for the batch of all cards")
-    group.add_argument("--warm_up_epochs", "--warmup-epochs", dest="warmup_epochs", type=int, default=5, metavar="N")
-    group.add_argument("--momentum", type=float, default=0.0)
-    group.add_argument("--wd", "--weight-decay", dest="weight_decay", type=float, default=1e-4)
+    group.add_argument(
+        "--warm_up_epochs",
+        "--warmup-epochs",
+        dest="warmup_epochs",
+        type=int,
+        default=5,
+        metavar="N",
+        help="from a tenth of --lr",
+    )
+    group.add_argument("--momentum", type=float, default=0.0, help="of the gradients' average")
+    group.add_argument(
+        "--wd", "--weight-decay", dest="weight_decay", type=float, default=1e-4, help="of all parameters"
+    )
     group.add_argument("--benchmark", type=int, default=0, choices=[0, 1], help="1: try cuDNN's algorithms (CUDA only)")
     group.add_argument("--eval-freq", type=int, default=1, metavar="EPOCHS", help="0: never measure val/")
     group.add_argument("--max-steps", type=int, default=0, metavar="N", help="end the training after N steps")
@@ -58,7 +68,13 @@ def parse_args(argv=None):
     device.add_arguments(parser, opt_level="O2", loss_scale="64")
     checkpoint.add_arguments(parser)
     logger.add_arguments(parser)
-    return parser.parse_args(argv)
+    return parser
+
+
+# Copied from MnasNet/main.py:parse_args
+def parse_args(argv=None):
+    """Return the options of the command line, or of the list `argv`."""
+    return build_parser().parse_args(argv)
 
 
 # Differs from MnasNet: colour jitter

@@ -28,12 +28,19 @@ _DYNAMIC = "dynamic"
 def add_arguments(parser, amp=False, opt_level="O1", loss_scale=_DYNAMIC):
     """Declare the options of device, ranks and precision; the recipe gives the defaults of the precision."""
     group = parser.add_argument_group("device and precision")
-    group.add_argument("--device", default="auto", choices=["auto", "npu", "gpu", "cuda", "cpu"])
+    group.add_argument(
+        "--device",
+        default="auto",
+        choices=["auto", "npu", "gpu", "cuda", "cpu"],
+        help="auto: an NPU, else CUDA, else the CPU",
+    )
     group.add_argument("--seed", type=int, default=0, help="one seed gives one run: order, crops, weights")
     group.add_argument("--amp", action="store_true", default=amp, help="mixed precision, unless --opt-level is O0")
     group.add_argument("--opt-level", default=opt_level, choices=["O0", "O1", "O2"], help="O0: float32 throughout")
-    group.add_argument("--amp-dtype", default="auto", choices=["auto", "float16", "bfloat16"])
-    group.add_argument("--loss-scale", "--loss_scale", default=loss_scale, metavar="N|dynamic")
+    group.add_argument(
+        "--amp-dtype", default="auto", choices=["auto", "float16", "bfloat16"], help="auto: float16 on cards"
+    )
+    group.add_argument("--loss-scale", "--loss_scale", default=loss_scale, metavar="N|dynamic", help="of float16")
     group.add_argument(
         "--memory-format", default="auto", choices=["auto", "contiguous"], help="auto: channels last, but not on NPU"
     )

@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 FILES = ("main.py", "models/pretrained.py")
 MARK = re.compile(r"# (Copied|Differs) from ([^:]+)(?::\s*(.*))?$")
 ORIGINAL = "MnasNet"  # the bundle that the others copy from
-ALIKE_BY_NATURE = ("parse_args", "convert")  # every bundle has its own
+ALIKE_BY_NATURE = ("build_parser", "convert")  # every bundle has its own
 
 
 class Definition:

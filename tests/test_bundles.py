@@ -1,6 +1,7 @@
 """What holds for every folder with a main.py, so for a sixth bundle too: layout, order, copies, seed arguments."""
 
 import ast
+import re
 import shutil
 import sys
 
@@ -10,7 +11,16 @@ from tests import copies
 from tests.bundles import BUNDLES, ROOT
 from tests.conftest import run
 
-ORDER = ["parse_args", "build_loaders", "build_model", "build_optimizer", "train_one_epoch", "evaluate", "main"]
+ORDER = [
+    "build_parser",
+    "parse_args",
+    "build_loaders",
+    "build_model",
+    "build_optimizer",
+    "train_one_epoch",
+    "evaluate",
+    "main",
+]
 SEED_ARGUMENTS = {
     "SPNASNet_100": (
         "--data --addr --arch --workers --epoch --batch-size --lr --momentum --weight_decay --amp --loss-scale "
@@ -48,6 +58,21 @@ def test_layout_and_reading_order(bundle):
         assert [s for s in strings if s == word and bundle != "SPACH-SMLP"] == []
 
 
+def assert_help_is_readable(text):
+    """Assert groups, a word on each option, the defaults, lines that fit a terminal, and the examples at the end."""
+    groups = re.findall(r"^([a-z][a-z ]*):$", text, re.MULTILINE)
+    assert groups == [
+        *("options", "network and recipe", "data", "device and precision", "ranks", "checkpoints", "log", "examples")
+    ]
+    options = re.split(r"\n  (?=-)", text.partition("\nnetwork")[2].partition("\nexamples:")[0])[1:]
+    assert [option for option in options if not re.search(r"(  |\n)\s*\S+", option)] == []
+    assert re.search(r"--print-freq N\s.*\(default: 10\)", text)
+    assert re.search(r"--seed INT\s[^-]*\(default:\s+0\)", text)
+    assert "None" not in text and "False" not in text
+    assert max(len(line) for line in text.partition("options:")[2].partition("examples:")[0].splitlines()) <= 80
+    assert "    python main.py --data" in text.partition("\nexamples:\n")[2]
+
+
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_main_has_every_argument_of_its_seed(bundle):
     process = run([sys.executable, ROOT / bundle / "main.py", "--help"])
@@ -55,6 +80,7 @@ def test_main_has_every_argument_of_its_seed(bundle):
     words = process.stdout.replace(",", " ").replace("[", " ").replace("]", " ").split()
     for flag in (SEED_ARGUMENTS.get(bundle, "") + " " + EVERYWHERE).split():
         assert flag in words, flag
+    assert_help_is_readable(process.stdout)
     refused = run([sys.executable, ROOT / bundle / "main.py", "--no-such-flag"])
     assert refused.returncode == 2 and "--no-such-flag" in refused.stderr
 
