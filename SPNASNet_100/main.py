@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 import models
-from common import arguments, checkpoint, device, errors, input, logger, ranks, weights
+from common import arguments, checkpoint, device, errors, input, launcher, logger, weights
 from common.decode import CenterCrop, RandomResizedCrop
 from models import pretrained
 
@@ -182,8 +182,8 @@ def evaluate(loader, model, card, log, epoch):
 def main(argv=None):
     args = parse_args(argv)
     input.check_arguments(args)
-    if ranks.needs_launch(args):
-        return ranks.launch(args, sys.argv[1:] if argv is None else argv)
+    if launcher.needs_launch(args):
+        return launcher.launch(args, sys.argv[1:] if argv is None else argv)
     card = device.Device(args)
     log = logger.Log(card, args, NETWORK)
     content = checkpoint.load(card, args, log, BUNDLE)

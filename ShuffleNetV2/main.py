@@ -21,7 +21,7 @@ BUNDLE = os.path.dirname(os.path.abspath(__file__))
 import torch
 
 import models
-from common import arguments, checkpoint, device, errors, input, logger, ranks, weights
+from common import arguments, checkpoint, device, errors, input, launcher, logger, weights
 from common.decode import CenterCrop, RandomResizedCrop
 from models import pretrained
 
@@ -154,8 +154,8 @@ def evaluate(loader, model, card, log, epoch):
 def main(argv=None):
     args = parse_args(argv)
     input.check_arguments(args)
-    if ranks.needs_launch(args):
-        return ranks.launch(args, sys.argv[1:] if argv is None else argv)
+    if launcher.needs_launch(args):
+        return launcher.launch(args, sys.argv[1:] if argv is None else argv)
     card = device.Device(args)
     card.benchmark(args.benchmark)
     log = logger.Log(card, args, NETWORK)

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 import common
-from common import depthwise
-from common import ranks as ranks_module
+from common import depthwise, launcher
 from common.errors import UserError
+from common.ranks import Ranks
 
 _DYNAMIC = "dynamic"
 
@@ -53,7 +53,7 @@ def add_arguments(parser, amp=False, opt_level="O1", loss_scale=_DYNAMIC):
     group.add_argument(
         "--jit-compile", default="off", choices=["auto", "on", "off"], help="NPU operators; auto: as the chip does"
     )
-    ranks_module.add_arguments(parser)
+    launcher.add_arguments(parser)
 
 
 def _npu_module():
@@ -124,10 +124,10 @@ class Device:
         """
         self.type = choose_type(args.device)
         self.remarks = _fit_to_cpu(args) if self.type == "cpu" else []
-        self.ranks = ranks_module.Ranks()
+        self.ranks = Ranks()
         self.seed, self._memory_format = args.seed, args.memory_format
         self._stock_depthwise = args.stock_depthwise
-        ids = ranks_module.card_ids(args)
+        ids = launcher.card_ids(args)
         if len(ids) != self.ranks.local_world_size:
             ids = list(range(self.ranks.local_world_size))  # torchrun said how many there are
         self._module = {"npu": _npu_module, "cuda": lambda: torch.cuda, "cpu": lambda: None}[self.type]()

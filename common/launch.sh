@@ -167,7 +167,7 @@ stop() { # exit status
 trap 'stop 143' TERM
 trap 'stop 130' INT
 trap 'stop 129' HUP
-"${command[@]}" >&4 2>&1 &
+STARTED_BY_SCRIPT=1 "${command[@]}" >&4 2>&1 &
 pid=$!
 [ "$signal" = 0 ] || stop "$signal" # it came before there was a pid
 status=0

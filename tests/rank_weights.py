@@ -39,9 +39,9 @@ else:
     # main.py starts its ranks with the words after argv[0], so they must come through here again.
     import main
 
-    from common import ranks
+    from common import launcher
 
     arguments = sys.argv[3:]
-    launch = ranks.launch
-    ranks.launch = lambda args, argv: launch(args, [OUT, BUNDLE, *argv])
+    launch = launcher.launch
+    launcher.launch = lambda args, argv: launch(args, [OUT, BUNDLE, *argv])
     main.errors.run_and_exit(lambda: main.main(arguments))

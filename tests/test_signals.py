@@ -168,6 +168,14 @@ def test_the_elastic_launcher_saves_too(data, tmp_path):
     assert_saved(job, tmp_path)
 
 
+def test_a_killed_script_leaves_no_process(data, bundle_copy, tmp_path):
+    """As a job scheduler does that has lost patience."""
+    job = chaos.Job(script(bundle_copy("MnasNet"), data, tmp_path, 2), tmp_path / "log")
+    job.wait_for(r"Epoch: \[0\]\[ +2/")
+    os.kill(job.process.pid, signal.SIGKILL)
+    assert job.end(20) == -signal.SIGKILL
+
+
 @pytest.mark.skipif(not chaos.LONG, reason="in the long form")
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_a_killed_launcher_leaves_no_rank(bundle, data, tmp_path):

@@ -8,9 +8,9 @@ sys.path[:1] = [BUNDLE, os.path.dirname(BUNDLE)]
 
 import main  # noqa: E402
 
-from common import logger, ranks  # noqa: E402
+from common import launcher, logger  # noqa: E402
 
-step, launch = logger.Epoch.step, ranks.launch
+step, launch = logger.Epoch.step, launcher.launch
 
 
 def step_and_write(self, loss, logits, targets, learning_rate):
@@ -20,5 +20,5 @@ def step_and_write(self, loss, logits, targets, learning_rate):
 
 
 logger.Epoch.step = step_and_write
-ranks.launch = lambda args, argv: launch(args, [OUT, BUNDLE, *argv])  # the ranks come through here too
+launcher.launch = lambda args, argv: launch(args, [OUT, BUNDLE, *argv])  # the ranks come through here too
 main.errors.run_and_exit(lambda: main.main(sys.argv[3:]))
