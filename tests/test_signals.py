@@ -170,7 +170,7 @@ def test_the_elastic_launcher_saves_too(data, tmp_path):
 
 def test_a_killed_script_leaves_no_process(data, bundle_copy, tmp_path):
     """As a job scheduler does that has lost patience."""
-    job = chaos.Job(script(bundle_copy("MnasNet"), data, tmp_path, 2), tmp_path / "log")
+    job = chaos.Job(script(bundle_copy("MnasNet"), data, tmp_path, 2, "--epochs=1000"), tmp_path / "log")
     job.wait_for(r"Epoch: \[0\]\[ +2/")
     os.kill(job.process.pid, signal.SIGKILL)
     assert job.end(20) == -signal.SIGKILL
@@ -180,7 +180,7 @@ def test_a_killed_script_leaves_no_process(data, bundle_copy, tmp_path):
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_a_killed_launcher_leaves_no_rank(bundle, data, tmp_path):
     small = chaos.FLAGS.get(bundle, ["--image-size", "96" if bundle == "PnasNet5Large" else "32"])
-    words = chaos.command("MnasNet", data, tmp_path, "--device-list", "0,1")
+    words = chaos.command("MnasNet", data, tmp_path, "--device-list", "0,1", "--epochs", "1000")
     words[2] = words[2].replace("MnasNet", bundle)
     words[3 : 3 + len(chaos.FLAGS["MnasNet"])] = small
     job = chaos.Job(words, tmp_path / "log")
