@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import random
+import resource
 import sys
 import warnings
 
@@ -178,9 +179,9 @@ class Device:
             self._module.synchronize()
 
     def memory_gib(self):
-        """Return the most memory that tensors took on the card so far, in GiB (0 on CPU)."""
+        """Return the most memory that tensors took on the card so far, on a CPU that this process took, in GiB."""
         if self._module is None or not hasattr(self._module, "max_memory_allocated"):
-            return 0.0
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         return self._module.max_memory_allocated() / 2**30
 
     def seed_step(self, step):
@@ -404,13 +405,14 @@ class Precision:
         self._overflows = found.sign() if self._overflows is None else self._overflows + found.sign()
 
     def state_dict(self):
-        """Return what a checkpoint must keep: the loss scale and its counters."""
-        return self._scaler.state_dict() if self._scaler is not None else {}
+        """Return what a checkpoint must keep: the loss scale, its counters, and the number of skipped steps."""
+        return dict(self._scaler.state_dict(), skipped=self.skipped) if self._scaler is not None else {}
 
     def load_state_dict(self, state):
         """Take the state of another run; a state of another precision is left aside."""
         if self._scaler is not None and state:
             self._scaler.load_state_dict(dict(state, dynamic=state.get("dynamic", True)))
+            self._overflows = torch.tensor(float(state.get("skipped", 0)), device=self._device.torch_device)
 
 
 def describe_environment():

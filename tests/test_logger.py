@@ -1,0 +1,31 @@
+"""The log of a run: live line, lines of the file, metrics.jsonl, curves.png, TensorBoard, skipped steps."""
+
+import types
+
+import torch
+
+from common.device import Precision
+
+
+def float16_precision():
+    """A `Precision` with a loss scaler, on the CPU."""
+    precision = Precision.__new__(Precision)
+    precision._device = types.SimpleNamespace(torch_device=torch.device("cpu"))
+    precision._scaler, precision._overflows = torch.amp.GradScaler("cpu"), None
+    return precision
+
+
+def test_skipped_steps_are_counted_also_after_a_resume():
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    precision = float16_precision()
+    for factor in (1.0, float("inf"), 1.0, float("inf")):
+        precision.step(weight.sum() * factor, optimizer)
+    assert precision.skipped == 2
+    resumed = float16_precision()
+    resumed.load_state_dict(precision.state_dict())
+    assert resumed.skipped == 2
+    resumed.step(weight.sum() * float("inf"), optimizer)
+    resumed.step(weight.sum(), optimizer)
+    assert resumed.skipped == 3
+    torch.testing.assert_close(weight.data, torch.tensor([0.7, 0.7]))
