@@ -30,7 +30,7 @@ from models import pretrained
 
 transforms = input.import_torchvision_transforms()
 from timm.data.auto_augment import rand_augment_transform
-from timm.data.mixup import Mixup, mixup_target
+from timm.data.mixup import Mixup
 
 NETWORK = "SPACH-SMLP"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -141,7 +141,7 @@ class Augment:
 
     def __init__(self, args, num_classes):
         self._erase = RandomErasing(args.reprob)
-        self._plain = {"num_classes": num_classes, "smoothing": args.label_smoothing}
+        self._num_classes, self._smoothing = num_classes, args.label_smoothing
         self._mix = Mixup(
             args.mixup,
             args.cutmix,
@@ -158,7 +158,8 @@ class Augment:
         mixed, soft_targets = self._mix(images[:even], targets[:even])
         if even == len(images):
             return mixed, soft_targets
-        rest = mixup_target(targets[even:], lam=1.0, **self._plain)
+        hard_targets = nn.functional.one_hot(targets[even:], self._num_classes).to(soft_targets)
+        rest = (1 - self._smoothing) * hard_targets + self._smoothing / self._num_classes
         return torch.cat([mixed, images[even:]]), torch.cat([soft_targets, rest])
 
 

@@ -8,11 +8,12 @@ input gradient at stride 1 is a convolution with the flipped kernel; at stride 2
 import torch
 from torch.nn import functional as F
 
-_backward = getattr(torch.ops.aten, "convolution_backward", None)
-
 
 def _convolution_backward(gradient, images, weight, stride, padding, wanted):
-    return _backward(gradient, images, weight, None, stride, padding, [1, 1], False, [0, 0], weight.shape[0], wanted)
+    groups = weight.shape[0]
+    return torch.ops.aten.convolution_backward(
+        gradient, images, weight, None, stride, padding, [1, 1], False, [0, 0], groups, wanted
+    )
 
 
 def _weight_gradient(gradient, images, weight, stride, padding):
@@ -74,7 +75,7 @@ class DepthwiseConv2d(torch.nn.Conv2d):
 def speed_up(model):
     """Give the model's large depthwise convolutions their faster gradients; returns how many there were."""
     count = 0
-    if _backward is None or not hasattr(torch, "get_autocast_dtype"):
+    if not hasattr(torch, "get_autocast_dtype"):  # nor can a torch this old train in bfloat16 as fast
         return count
     for module in model.modules():
         if (
