@@ -8,6 +8,7 @@ TensorFlow weights); without it, Ascend's variant.
     python main.py --data /data/imagenet --amp
     python main.py --data /data/imagenet --amp --multiprocessing-distributed --device-list 0,1,2,3,4,5,6,7
     python main.py --data /data/imagenet --evaluate --resume model_best.pth.tar
+    python main.py --predict photos --sheet --resume model_best.pth.tar
 """
 
 import math
@@ -23,12 +24,25 @@ import torch
 from torch import nn
 
 import models
-from common import arguments, checkpoint, device, errors, input, launcher, logger, weights
+from common import (
+    arguments,
+    checkpoint,
+    deploy,
+    device,
+    errors,
+    export,
+    input,
+    launcher,
+    logger,
+    predict,
+    weights,
+)
 from common.decode import CenterCrop, RandomResizedCrop
 from models import pretrained
 
 NETWORK = "PnasNet5Large"
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+NETWORK_OPTIONS = ("image_size", "zero_pad")  # a checkpoint says what they were
 
 
 def build_parser():
@@ -59,6 +73,7 @@ def build_parser():
     device.add_arguments(parser, opt_level="O2")
     checkpoint.add_arguments(parser)
     logger.add_arguments(parser)
+    deploy.add_arguments(parser)
     return parser
 
 
@@ -66,6 +81,12 @@ def build_parser():
 def parse_args(argv=None):
     """Return the options of the command line, or of the list `argv`."""
     return build_parser().parse_args(argv)
+
+
+# Copied from MnasNet/main.py:val_crop
+def val_crop(args):
+    """Return the transform with which the network is measured."""
+    return CenterCrop(args.image_size, resize=args.image_size * 8 // 7)
 
 
 # Copied from MnasNet/main.py:build_loaders
@@ -78,16 +99,15 @@ def build_loaders(args, card, content):
         crop = RandomResizedCrop(args.image_size, scale=(args.crop_scale, 1.0), flip=args.flip)
         train_loader = input.Loader(card, input.ImageFolder(args.data, "train"), crop, args, MEAN, STD, training=True)
     if args.evaluate or args.eval_freq:
-        crop = CenterCrop(args.image_size, resize=args.image_size * 8 // 7)
         images = input.ImageFolder(args.data, "val", input.classes_of(content, args))
-        val_loader = input.Loader(card, images, crop, args, MEAN, STD, training=False)
+        val_loader = input.Loader(card, images, val_crop(args), args, MEAN, STD, training=False)
     return train_loader, val_loader
 
 
 # Differs from MnasNet: padding, auxiliary head and drop path
 def build_model(args, num_classes, content, card, log):
     """Return the model on the card, with the weights of `--resume` or `--pretrained`."""
-    use_aux = args.aux_weight > 0
+    use_aux = args.aux_weight > 0 and not deploy.is_asked_for(args)
     model = getattr(models, args.arch)(num_classes, use_aux, args.zero_pad, args.drop_path, args.dropout)
     if content is not None:
         path = args.resume or args.pretrained
@@ -152,9 +172,28 @@ def evaluate(loader, model, card, log, epoch):
     return log.evaluation(epoch, loader, card.ranks.sum(counts))[0]
 
 
+# Copied from MnasNet/main.py:use_weights
+def use_weights(argv):
+    """Do what `--export` or `--predict` asks for."""
+    args, content = deploy.read_weights(build_parser(), argv, models.__all__, *NETWORK_OPTIONS)
+    card = device.Device(args)
+    log = logger.Log(card, args, NETWORK)
+    classes = deploy.class_names(args, content)
+    model = build_model(args, len(classes), content, card, log).eval()
+    if args.export:
+        facts = {"arch": args.arch, "classes": classes, "mean": MEAN, "std": STD}
+        export.write(args, model, val_crop(args), facts, log)
+    else:
+        images = predict.find_images(args.predict)
+        loader = input.Loader(card, images, val_crop(args), args, MEAN, STD, training=False)
+        predict.run(args, loader, model, classes, log)
+
+
 # Differs from MnasNet: auxiliary loss, checkpoints beside the log
 def main(argv=None):
     args = parse_args(argv)
+    if deploy.is_asked_for(args):
+        return use_weights(argv)
     input.check_arguments(args)
     if launcher.needs_launch(args):
         return launcher.launch(args, sys.argv[1:] if argv is None else argv)

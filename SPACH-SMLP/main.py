@@ -8,6 +8,7 @@ sMLPNet-T: Acc@1 81.9 (microsoft/SPACH); for eight NPUs: 1628.5 images/s, Acc@1 
     python main.py --data-path /data/imagenet --amp
     python main.py --data-path /data/imagenet --amp --multiprocessing-distributed --device-list 0,1,2,3,4,5,6,7
     python main.py --data-path /data/imagenet --evaluate --resume model_best.pth.tar
+    python main.py --predict photos --sheet --resume model_best.pth.tar
 """
 
 import copy
@@ -24,7 +25,19 @@ import torch
 from torch import nn
 
 import models
-from common import arguments, checkpoint, device, errors, input, launcher, logger, weights
+from common import (
+    arguments,
+    checkpoint,
+    deploy,
+    device,
+    errors,
+    export,
+    input,
+    launcher,
+    logger,
+    predict,
+    weights,
+)
 from common.decode import CenterCrop, RandomResizedCrop
 from models import pretrained
 
@@ -34,6 +47,7 @@ from timm.data.mixup import Mixup
 
 NETWORK = "SPACH-SMLP"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+NETWORK_OPTIONS = ("image_size", "eval_ema")  # a checkpoint says what they were
 
 
 def build_parser():
@@ -69,6 +83,7 @@ def build_parser():
     device.add_arguments(parser)
     checkpoint.add_arguments(parser)
     logger.add_arguments(parser)
+    deploy.add_arguments(parser)
     return parser
 
 
@@ -76,6 +91,12 @@ def build_parser():
 def parse_args(argv=None):
     """Return the options of the command line, or of the list `argv`."""
     return build_parser().parse_args(argv)
+
+
+# Differs from MnasNet: bicubic
+def val_crop(args):
+    """Return the transform with which the network is measured."""
+    return CenterCrop(args.image_size, resize=args.image_size * 8 // 7, interpolation="bicubic")
 
 
 # Differs from MnasNet: RandAugment, bicubic, repeated augmentation
@@ -94,9 +115,8 @@ def build_loaders(args, card, content):
         images = input.ImageFolder(args.data, "train")
         train_loader = input.Loader(card, images, crop, args, MEAN, STD, training=True, repeats=args.repeats)
     if args.evaluate or args.eval_freq:
-        crop = CenterCrop(args.image_size, resize=args.image_size * 8 // 7, interpolation="bicubic")
         images = input.ImageFolder(args.data, "val", input.classes_of(content, args))
-        val_loader = input.Loader(card, images, crop, args, MEAN, STD, training=False)
+        val_loader = input.Loader(card, images, val_crop(args), args, MEAN, STD, training=False)
     return train_loader, val_loader
 
 
@@ -107,7 +127,7 @@ def build_model(args, num_classes, content, card, log):
     model = getattr(models, args.arch)(num_classes, image_size=args.image_size, **options)
     if content is not None:
         path = args.resume or args.pretrained
-        if args.eval_ema and args.evaluate:
+        if args.eval_ema and (args.evaluate or deploy.is_asked_for(args)):
             content = {"state_dict": content.get("state_dict_ema")}
         for line in weights.load(model, content, path, pretrained.convert, not args.resume):
             log.line(line)
@@ -238,9 +258,28 @@ def evaluate(loader, model, card, log, epoch):
     return log.evaluation(epoch, loader, card.ranks.sum(counts))[0]
 
 
+# Copied from MnasNet/main.py:use_weights
+def use_weights(argv):
+    """Do what `--export` or `--predict` asks for."""
+    args, content = deploy.read_weights(build_parser(), argv, models.__all__, *NETWORK_OPTIONS)
+    card = device.Device(args)
+    log = logger.Log(card, args, NETWORK)
+    classes = deploy.class_names(args, content)
+    model = build_model(args, len(classes), content, card, log).eval()
+    if args.export:
+        facts = {"arch": args.arch, "classes": classes, "mean": MEAN, "std": STD}
+        export.write(args, model, val_crop(args), facts, log)
+    else:
+        images = predict.find_images(args.predict)
+        loader = input.Loader(card, images, val_crop(args), args, MEAN, STD, training=False)
+        predict.run(args, loader, model, classes, log)
+
+
 # Differs from MnasNet: mixup, and the averaged weights
 def main(argv=None):
     args = parse_args(argv)
+    if deploy.is_asked_for(args):
+        return use_weights(argv)
     input.check_arguments(args)
     if launcher.needs_launch(args):
         return launcher.launch(args, sys.argv[1:] if argv is None else argv)

@@ -7,6 +7,7 @@ epochs. Published for eight NPUs: 17329.326 images/s, Acc@1 66.246.
     python main.py --data /data/imagenet --amp
     python main.py --data /data/imagenet --amp --multiprocessing-distributed --device-list 0,1,2,3,4,5,6,7
     python main.py --data /data/imagenet --evaluate --resume model_best.pth.tar
+    python main.py --predict photos --sheet --resume model_best.pth.tar
 """
 
 import math
@@ -21,7 +22,19 @@ BUNDLE = os.path.dirname(os.path.abspath(__file__))
 import torch
 
 import models
-from common import arguments, checkpoint, device, errors, input, launcher, logger, weights
+from common import (
+    arguments,
+    checkpoint,
+    deploy,
+    device,
+    errors,
+    export,
+    input,
+    launcher,
+    logger,
+    predict,
+    weights,
+)
 from common.decode import CenterCrop, RandomResizedCrop
 from models import pretrained
 
@@ -29,6 +42,7 @@ transforms = input.import_torchvision_transforms()
 
 NETWORK = "ShuffleNetV2"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+NETWORK_OPTIONS = ("image_size", "channel_shuffle")  # a checkpoint says what they were
 
 
 def build_parser():
@@ -68,6 +82,7 @@ def build_parser():
     device.add_arguments(parser, opt_level="O2", loss_scale="64")
     checkpoint.add_arguments(parser)
     logger.add_arguments(parser)
+    deploy.add_arguments(parser)
     return parser
 
 
@@ -75,6 +90,12 @@ def build_parser():
 def parse_args(argv=None):
     """Return the options of the command line, or of the list `argv`."""
     return build_parser().parse_args(argv)
+
+
+# Copied from MnasNet/main.py:val_crop
+def val_crop(args):
+    """Return the transform with which the network is measured."""
+    return CenterCrop(args.image_size, resize=args.image_size * 8 // 7)
 
 
 # Differs from MnasNet: colour jitter
@@ -90,9 +111,8 @@ def build_loaders(args, card, content):
         )
         train_loader = input.Loader(card, input.ImageFolder(args.data, "train"), crop, args, MEAN, STD, training=True)
     if args.evaluate or args.eval_freq:
-        crop = CenterCrop(args.image_size, resize=args.image_size * 8 // 7)
         images = input.ImageFolder(args.data, "val", input.classes_of(content, args))
-        val_loader = input.Loader(card, images, crop, args, MEAN, STD, training=False)
+        val_loader = input.Loader(card, images, val_crop(args), args, MEAN, STD, training=False)
     return train_loader, val_loader
 
 
@@ -150,9 +170,28 @@ def evaluate(loader, model, card, log, epoch):
     return log.evaluation(epoch, loader, card.ranks.sum(counts))[0]
 
 
+# Copied from MnasNet/main.py:use_weights
+def use_weights(argv):
+    """Do what `--export` or `--predict` asks for."""
+    args, content = deploy.read_weights(build_parser(), argv, models.__all__, *NETWORK_OPTIONS)
+    card = device.Device(args)
+    log = logger.Log(card, args, NETWORK)
+    classes = deploy.class_names(args, content)
+    model = build_model(args, len(classes), content, card, log).eval()
+    if args.export:
+        facts = {"arch": args.arch, "classes": classes, "mean": MEAN, "std": STD}
+        export.write(args, model, val_crop(args), facts, log)
+    else:
+        images = predict.find_images(args.predict)
+        loader = input.Loader(card, images, val_crop(args), args, MEAN, STD, training=False)
+        predict.run(args, loader, model, classes, log)
+
+
 # Differs from MnasNet: cross entropy without smoothing, --benchmark
 def main(argv=None):
     args = parse_args(argv)
+    if deploy.is_asked_for(args):
+        return use_weights(argv)
     input.check_arguments(args)
     if launcher.needs_launch(args):
         return launcher.launch(args, sys.argv[1:] if argv is None else argv)

@@ -10,19 +10,63 @@ from common.errors import UserError, printable
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 
 
-def _class_names(folder):
+def class_names(folder):
+    """Return the sorted names of the sub-folders of `folder`.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
         return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     except OSError as error:
         raise UserError("{}: {}".format(folder, error.strerror)) from None
 
 
-class ImageFolder:
+class Images:
+    """Images of one folder.
+
+    Attributes:
+        folder: that all of them lie in.
+        targets: numpy int64 [n].
+    """
+
+    def __init__(self, folder, names, targets):
+        """Take the `names` of the image files, relative to `folder`, and their `targets`."""
+        self.folder, self.targets = folder, np.array(targets, dtype=np.int64)
+        names = [os.fsencode(name) for name in names]
+        # A list of a million strings would be copied into every worker, page by page, as its counts are touched.
+        self._names = np.frombuffer(b"".join(names), dtype=np.uint8)
+        self._ends = np.cumsum([len(name) for name in names])
+
+    def __len__(self):
+        return len(self.targets)
+
+    def name(self, index):
+        """Return the name of image `index`, relative to the folder."""
+        start = self._ends[index - 1] if index else 0
+        return os.fsdecode(self._names[start : self._ends[index]].tobytes())
+
+    def path(self, index):
+        """Return the path of image `index`."""
+        return os.path.join(self.folder, self.name(index))
+
+    def read(self, index):
+        """Return the bytes of image `index`.
+
+        Raises:
+            OSError: it cannot be read, or is no ordinary file.
+        """
+        with open(self.path(index), "rb", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError("not an ordinary file")
+            return file.read()
+
+
+class ImageFolder(Images):
     """The images of DIR/train or DIR/val, one sub-folder per class, in torchvision's order.
 
     Attributes:
         classes: sorted list of the class names of train/, also for val/.
-        targets: numpy int64 [n].
     """
 
     def __init__(self, root, split, classes=None):
@@ -36,50 +80,36 @@ class ImageFolder:
         Raises:
             UserError: a folder is missing or empty, or val/ has a class that train/ does not know.
         """
-        self.folder = os.path.join(root, split)
+        folder = os.path.join(root, split)
         check_folder(root, split)
-        found = _class_names(self.folder)
-        self.classes = classes or (_class_names(os.path.join(root, "train")) if split != "train" else found)
+        found = class_names(folder)
+        self.classes = classes or (class_names(os.path.join(root, "train")) if split != "train" else found)
         known = {name: target for target, name in enumerate(self.classes)}
         unknown = [name for name in found if name not in known]
         if unknown:
             raise UserError(
                 "{} has {} class folders that train/ does not know: {}".format(
-                    self.folder, len(unknown), printable(", ".join(unknown[:5]))
+                    folder, len(unknown), printable(", ".join(unknown[:5]))
                 )
             )
-        paths, targets = [], []
+        names, targets = [], []
         for name in found:
-            for folder, _, files in sorted(os.walk(os.path.join(self.folder, name), followlinks=True)):
-                inside = os.path.relpath(folder, self.folder)
-                chosen = sorted(file for file in files if file.lower().endswith(EXTENSIONS))
-                paths += [os.fsencode(os.path.join(inside, file)) for file in chosen]
-                targets += [known[name]] * len(chosen)
-        if not paths:
-            raise UserError("{} has no images ({})".format(self.folder, " ".join(EXTENSIONS)))
-        # A list of a million strings would be copied into every worker, page by page, as its counts are touched.
-        self._paths = np.frombuffer(b"".join(paths), dtype=np.uint8)
-        self._ends = np.cumsum([len(path) for path in paths])
-        self.targets = np.array(targets, dtype=np.int64)
+            inside = image_names(folder, name)
+            names += inside
+            targets += [known[name]] * len(inside)
+        if not names:
+            raise UserError("{} has no images ({})".format(folder, " ".join(EXTENSIONS)))
+        super().__init__(folder, names, targets)
 
-    def __len__(self):
-        return len(self.targets)
 
-    def path(self, index):
-        """Return the path of image `index`."""
-        start = self._ends[index - 1] if index else 0
-        return os.path.join(self.folder, os.fsdecode(self._paths[start : self._ends[index]].tobytes()))
-
-    def read(self, index):
-        """Return the bytes of image `index`.
-
-        Raises:
-            OSError: it cannot be read, or is no ordinary file.
-        """
-        with open(self.path(index), "rb", opener=_open_at_once) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise OSError("not an ordinary file")
-            return file.read()
+def image_names(root, inside=""):
+    """Return the sorted names, relative to `root`, of all image files below its sub-folder `inside`."""
+    names = []
+    for folder, _, files in sorted(os.walk(os.path.join(root, inside), followlinks=True)):
+        chosen = sorted(file for file in files if file.lower().endswith(EXTENSIONS))
+        place = os.path.normpath(os.path.join(inside, os.path.relpath(folder, os.path.join(root, inside))))
+        names += chosen if place == os.curdir else [os.path.join(place, file) for file in chosen]
+    return names
 
 
 def _open_at_once(path, flags):
@@ -94,5 +124,5 @@ def check_folder(root, *splits):
         folder = os.path.join(root, split)
         if not os.path.isdir(folder):
             raise UserError("data set {} has no {}/ folder".format(root, split))
-        if not _class_names(folder):
+        if not class_names(folder):
             raise UserError("{} has no class folders (one sub-folder of images per class)".format(folder))

@@ -52,7 +52,8 @@ def load(model, content, path, convert, may_replace_head):
             del state[key]
             notes.append("{}: {} classes in the file, {} here: starts fresh".format(key, has, needs))
         else:
-            raise UserError("{} has {} classes, the data set has {}".format(path, has, needs))
+            text = "{} has {} classes, the data set has {} (where there is none: --num-classes {})"
+            raise UserError(text.format(path, has, needs, has))
     fresh = tuple(prefix + "." for prefix in model.classifier_keys) if may_replace_head else ()
     missing = [key for key in wanted if key not in state and not key.startswith(fresh)]
     missing = [key for key in missing if not key.endswith("num_batches_tracked")]
