@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import common
-from common import depthwise, launcher
+from common import convolution, launcher
 from common.errors import UserError
 from common.ranks import Ranks
 
@@ -46,7 +46,7 @@ def add_arguments(parser, amp=False, opt_level="O1", loss_scale=_DYNAMIC):
         "--memory-format", default="auto", choices=["auto", "contiguous"], help="auto: channels last, but not on NPU"
     )
     group.add_argument(
-        "--stock-depthwise", action="store_true", help="bfloat16 on a CPU: torch's own depthwise gradients"
+        "--stock-convolutions", action="store_true", help="on a CPU: torch's own, not the faster ones of ours"
     )
     group.add_argument("--cpu-batch-size", type=int, metavar="N", help="replaces --batch-size on a CPU")
     group.add_argument("--cpu-max-steps", type=int, metavar="N", help="replaces --max-steps on a CPU")
@@ -127,7 +127,7 @@ class Device:
         self.remarks = _fit_to_cpu(args) if self.type == "cpu" else []
         self.ranks = Ranks()
         self.seed, self._memory_format = args.seed, args.memory_format
-        self._stock_depthwise = args.stock_depthwise
+        self._stock_convolutions = args.stock_convolutions
         ids = launcher.card_ids(args)
         if len(ids) != self.ranks.local_world_size:
             ids = list(range(self.ranks.local_world_size))  # torchrun said how many there are
@@ -206,9 +206,11 @@ class Device:
     def prepare(self, item):
         """Return `item` (a model, or a batch of images) on the device, in the layout that its convolutions like."""
         item = item.to(self.torch_device)
-        if self.type == "cpu" and isinstance(item, torch.nn.Module) and not self._stock_depthwise:
-            depthwise.speed_up(item)
-        return item.to(memory_format=torch.channels_last) if self.likes_channels_last else item
+        if not self.likes_channels_last:
+            return item
+        if self.type == "cpu" and isinstance(item, torch.nn.Module) and not self._stock_convolutions:
+            convolution.speed_up(item)
+        return item.to(memory_format=torch.channels_last)
 
     def parallel(self, model):
         """Return `model` wrapped for several ranks; BatchNorm buffers stay local (see `Ranks.broadcast_buffers`)."""

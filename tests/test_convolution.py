@@ -1,0 +1,81 @@
+"""The faster convolutions and their gradients are torch's own."""
+
+import copy
+
+import pytest
+import torch
+
+from common import convolution
+from tests.bundles import imported
+
+
+@pytest.mark.parametrize(
+    "kernel, stride, side, padding",
+    [(k, s, side, k // 2) for k in (3, 5, 7) for s in (1, 2) for side in (1, 2, 3, 4, 7, 14, 21)]
+    + [(5, 2, 16, 1), (7, 2, 21, 2), (3, 2, 8, 0)],
+)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_depthwise_gradients_equal_torchs(kernel, stride, side, padding, dtype, tolerance):
+    torch.manual_seed(0)
+    images = torch.randn(3, 24, side, side).to(memory_format=torch.channels_last)
+    weight = torch.randn(24, 1, kernel, kernel)
+    found, expected = [], []
+    for gradients, kind in ((found, dtype), (expected, torch.float64)):
+        x, w = (t.to(dtype).to(kind).requires_grad_() for t in (images, weight))
+        if gradients is found:
+            y = convolution._DepthwiseFunction.apply(x, w, (stride, stride), (padding, padding))
+        else:
+            y = torch.nn.functional.conv2d(x, w, None, stride, padding, groups=24)
+        gradients += torch.autograd.grad(y, (x, w), torch.cos(torch.arange(y.numel())).view(y.shape).to(kind))
+    for ours, reference in zip(found, expected):
+        assert ours.dtype == dtype and ours.shape == reference.shape
+        assert (ours.double() - reference).norm() <= tolerance * reference.norm()
+
+
+@pytest.mark.parametrize("stride, bias", [(1, False), (1, True), (2, False)])
+def test_products_equal_1x1_convolutions(stride, bias):
+    torch.manual_seed(0)
+    stock = torch.nn.Conv2d(128, 32, 1, stride, bias=bias).to(memory_format=torch.channels_last)
+    fast = copy.deepcopy(stock)
+    assert convolution.speed_up(fast) == 1 and type(fast) is convolution.PointwiseConv2d
+    images = torch.randn(4, 128, 7, 7).to(memory_format=torch.channels_last)
+    results = []
+    for module in (stock, fast):
+        x = images.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = module(x)
+        y.float().pow(2).sum().backward()
+        results.append([y, x.grad] + [parameter.grad for parameter in module.parameters()])
+    assert results[1][0].is_contiguous(memory_format=torch.channels_last)
+    for theirs, ours in zip(*results):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        assert (ours - theirs).norm() < 0.01 * theirs.norm()
+
+
+def test_a_model_keeps_its_state_and_its_function():
+    with imported("MnasNet") as models:
+        model = models.mnasnet0_5(10).eval()
+    fast = copy.deepcopy(model)
+    assert convolution.speed_up(fast) == 17 + 15  # 17 depthwise convolutions; 16 of 1x1 with 100 channels or more
+    assert list(fast.state_dict()) == list(model.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(fast(images), model(images))
+
+
+def test_training_in_bfloat16_follows_torchs_own():
+    torch.manual_seed(0)
+    with imported("MnasNet") as models:
+        model = models.mnasnet0_5(10, dropout=0.0)
+    images, targets = torch.randn(16, 3, 64, 64), torch.arange(16) % 10
+    gradients = []
+    for change in (lambda m: 0, convolution.speed_up):
+        changed = copy.deepcopy(model)
+        change(changed)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = torch.nn.functional.cross_entropy(changed(images), targets)
+        loss.backward()
+        gradients.append(changed.classifier[1].weight.grad.flatten())
+        last_large = changed.layers[12][3].layers[3].weight.grad.flatten()
+        gradients.append(last_large)
+    for theirs, ours in zip(gradients[:2], gradients[2:]):
+        assert torch.nn.functional.cosine_similarity(theirs, ours, dim=0).item() > 0.998
