@@ -56,26 +56,25 @@ def test_a_model_keeps_its_state_and_its_function():
     with imported("MnasNet") as models:
         model = models.mnasnet0_5(10).eval()
     fast = copy.deepcopy(model)
-    assert convolution.speed_up(fast) == 17 + 15  # 17 depthwise convolutions; 16 of 1x1 with 100 channels or more
+    assert convolution.speed_up(fast) == 17 + 11  # depthwise; 1x1 with 100 channels or more
     assert list(fast.state_dict()) == list(model.state_dict())
     images = torch.randn(2, 3, 64, 64)
     assert torch.equal(fast(images), model(images))
 
 
-def test_training_in_bfloat16_follows_torchs_own():
+def test_gradients_of_a_model_in_bfloat16_are_as_near_to_float32_as_torchs():
     torch.manual_seed(0)
     with imported("MnasNet") as models:
         model = models.mnasnet0_5(10, dropout=0.0)
-    images, targets = torch.randn(16, 3, 64, 64), torch.arange(16) % 10
+    images, targets = torch.randn(16, 3, 96, 96), torch.arange(16) % 10
     gradients = []
-    for change in (lambda m: 0, convolution.speed_up):
+    for mixed, fast in ((False, False), (True, False), (True, True)):
         changed = copy.deepcopy(model)
-        change(changed)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        if fast:
+            convolution.speed_up(changed)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
             loss = torch.nn.functional.cross_entropy(changed(images), targets)
         loss.backward()
-        gradients.append(changed.classifier[1].weight.grad.flatten())
-        last_large = changed.layers[12][3].layers[3].weight.grad.flatten()
-        gradients.append(last_large)
-    for theirs, ours in zip(gradients[:2], gradients[2:]):
-        assert torch.nn.functional.cosine_similarity(theirs, ours, dim=0).item() > 0.998
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in changed.parameters()]))
+    exact, theirs, ours = gradients
+    assert (ours - exact).norm() < 1.1 * (theirs - exact).norm()
