@@ -81,19 +81,28 @@ def _meeting_point(args):
     return address, int(port or DEFAULT_PORT)
 
 
-def _check_port(address, port, node):
-    if node != 0:
-        return
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address, port))
-        except OSError as error:
-            raise UserError(
-                "port {} of {} cannot be used ({}): another job runs there? Give --dist-url tcp://{}:PORT".format(
-                    port, address, error.strerror, address
-                )
-            ) from None
+def _reserve_port(address, port, node):
+    """Return a socket that, while it is open, keeps this machine's other jobs off the port of node 0.
+
+    Raises:
+        UserError: another job has reserved the port, or another program listens there.
+    """
+    reserved = socket.socket(socket.AF_UNIX)
+    try:
+        if node == 0:
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((address, port))
+            if sys.platform == "linux":
+                # Rank 0 listens seconds from now: until then ranks of two jobs would take each other for their own.
+                reserved.bind("\0training on port {}".format(port))
+    except OSError as error:
+        raise UserError(
+            "port {} of {} cannot be used ({}): another job runs there? Give --dist-url tcp://{}:PORT".format(
+                port, address, error.strerror, address
+            )
+        ) from None
+    return reserved
 
 
 def _rank_environment(args, ids, address, port):
@@ -124,11 +133,10 @@ def launch(args, argv):
     ids = card_ids(args)
     address, port = _meeting_point(args)
     command = [sys.executable, "-u", os.path.abspath(sys.argv[0])] + list(argv)
-    if args.max_restarts:
-        return _supervise([_elastic(args, ids, address, port) + command[2:]], [dict(os.environ)], elastic=True)
-    _check_port(address, port, args.rank)
-    environments = _rank_environment(args, ids, address, port)
-    return _supervise([command] * len(ids), environments)
+    with _reserve_port(address, port, args.rank):
+        if args.max_restarts:
+            return _supervise([_elastic(args, ids, address, port) + command[2:]], [dict(os.environ)], elastic=True)
+        return _supervise([command] * len(ids), _rank_environment(args, ids, address, port))
 
 
 # `python -m torch.distributed.run` would end with a traceback of its own.

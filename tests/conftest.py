@@ -12,7 +12,6 @@ from tests import sample_data
 from tests.bundles import ROOT
 
 LONG = bool(os.environ.get("LONG"))  # the same assertions with the full numbers: tests/long.sh
-collect_ignore = [] if LONG else ["test_npu_training.py"]  # whole trainings on emulated cards take minutes each
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """What users of NPUs meet is one clear line with the cure, exit status 1, no traceback. What the fake card refuses."""
 
+import concurrent.futures
 import json
 import os
 import socket
@@ -9,7 +10,7 @@ import sys
 import pytest
 
 from tests.bundles import ROOT
-from tests.npu.harness import CANN, PYTHON, cards, run
+from tests.npu.harness import CANN, PYTHON, assert_fine, cards, run
 from tests.test_scripts import small
 
 NPU = ["--device=npu"]
@@ -38,9 +39,9 @@ FAULTS = {
         {"ASCEND_RT_VISIBLE_DEVICES": "3,4"},
         ["has 2 (0 to 1)", "numbers those"],
     ),
-    "more ranks than cards": (cards(4), {"FAKE_NPU_COUNT": "2"}, ["card 3", "has 2 (0 to 1)"]),
+    "more ranks than cards": (cards(2), {"FAKE_NPU_COUNT": "1"}, ["card 1", "has 1 (0 to 0)"]),
     "card cannot be opened": (NPU, {"FAKE_NPU_MISSING": "0"}, ["cannot be opened", "npu-smi"]),
-    "memory": (NPU, {"FAKE_NPU_MEMORY_MIB": "12"}, ["out of memory", "--batch-size"]),
+    "memory": (NPU, {"FAKE_NPU_MEMORY_MIB": "12"}, ["out of memory: try --batch-size 4 "]),
     "hccl timeout": (
         cards(2),
         {"FAKE_NPU_HCCL_HANG": "1:5", "HCCL_EXEC_TIMEOUT": "3"},
@@ -70,12 +71,25 @@ def test_cann_that_is_not_sourced(flags, few_digits):
     assert_one_line(main(few_digits, *flags, cann=False), *words)
 
 
-def test_two_jobs_on_one_port(few_digits):
-    with socket.socket() as other_job:
-        other_job.bind(("127.0.0.1", 0))
-        other_job.listen()
-        url = "tcp://127.0.0.1:{}".format(other_job.getsockname()[1])
+def test_a_port_in_use(few_digits):
+    with socket.socket() as other_program:
+        other_program.bind(("127.0.0.1", 0))
+        other_program.listen()
+        url = "tcp://127.0.0.1:{}".format(other_program.getsockname()[1])
         assert_one_line(main(few_digits, *cards(2), "--dist-url", url), "another job", "--dist-url")
+
+
+def test_two_jobs_on_one_port(few_digits):
+    """Started at once, when the ranks of neither listen yet: one trains to its end, the other is refused."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = "--dist-url=tcp://127.0.0.1:{}".format(free.getsockname()[1])
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        jobs = [threads.submit(main, few_digits, *NPU, "--device-list=" + list_, url) for list_ in ("0,1", "2,3")]
+        refused, trained = sorted((job.result() for job in jobs), key=lambda job: -job.returncode)
+    assert_one_line(refused, "another job", "--dist-url")
+    assert_fine(trained)
+    assert "=> result" in trained.stdout
 
 
 @pytest.mark.parametrize(
@@ -161,25 +175,25 @@ def test_the_first_generation_has_no_bfloat16():
 
 
 RANKS = """
-import os
+import sys
 import torch
 import torch.distributed as dist
-torch.npu.set_device(int(os.environ["LOCAL_RANK"]) * {step})
-dist.init_process_group("hccl")
-dist.all_reduce(torch.ones(3, dtype=torch.{dtype}).npu())
-print("result")
+store, rank, card = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+torch.npu.set_device(card)
+dist.init_process_group("hccl", init_method="file://" + store, rank=rank, world_size=2)
+for dtype in (torch.float32, torch.float64):
+    dist.all_reduce(torch.ones(3, dtype=dtype).npu())
+    sys.stdout.write("result {} of rank {}\\n".format(dtype, rank))
 """
 
 
 @pytest.mark.parametrize(
-    "step, dtype, words",
-    [(1, "float32", ""), (1, "float64", "Unsupported data type at::kDouble"), (0, "float32", "both run on card 0")],
+    "card, words, results", [(1, "Unsupported data type at::kDouble", 2), (0, "both run on card 0", 0)]
 )
-def test_what_hccl_refuses(step, dtype, words, tmp_path):
-    (tmp_path / "ranks.py").write_text(RANKS.format(step=step, dtype=dtype))
-    process = run([PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "ranks.py"])
-    if words:
-        assert process.returncode != 0 and "result" not in process.stdout.splitlines()
-        assert words in process.stdout
-    else:
-        assert process.stdout.splitlines().count("result") == 2, process.stdout
+def test_what_hccl_refuses(card, words, results, tmp_path):
+    """float64, which float32 is there to compare with; and two ranks on one card."""
+    both = 'for i in 0 1; do "$0" -c "$1" "$2" $i $((i * $3)) & done; wait'
+    process = run(["bash", "-c", both, PYTHON, RANKS, tmp_path / "store", card])
+    assert words in process.stdout
+    assert process.stdout.count("result torch.float32") == results, process.stdout
+    assert "result torch.float64" not in process.stdout

@@ -11,13 +11,14 @@ from tests.test_scripts import small
 
 # (bundle, chip, ranks); the long form is every bundle on 8 cards of either chip
 SHORT = [
-    ("MnasNet", "Ascend910B3", 8),
-    ("ShuffleNetV2", "Ascend910A", 8),
+    ("MnasNet", "Ascend910A", 8),
+    ("ShuffleNetV2", "Ascend910B3", 2),
     ("SPNASNet_100", "Ascend910A", 2),
     ("PnasNet5Large", "Ascend910B3", 2),
     ("SPACH-SMLP", "Ascend910A", 2),
 ]
 JOBS = [(bundle, chip, 8) for bundle in BUNDLES for chip in CHIPS] if LONG else SHORT
+MANY = 8 if LONG else 4
 FLAGS = [
     "-b",
     "4",
@@ -32,26 +33,83 @@ FLAGS = [
 ]
 
 
-@pytest.mark.parametrize("bundle, chip, ranks", JOBS)
-def test_weights_stay_equal_when_one_rank_overflows(bundle, chip, ranks, few_digits, tmp_path):
-    steps = 10 if LONG or ranks == 8 else 3
-    command = [ROOT / "tests" / "rank_weights.py", tmp_path, ROOT / bundle, "--data", few_digits, *FLAGS, *cards(ranks)]
-    flags = [*small(bundle), "--epochs=9", "--max-steps={}".format(steps)]
-    overflow = "{}:25".format(ranks - 1)  # on the last rank, in the first steps
-    variables = {"FAKE_NPU_SOC": chip, "FAKE_NPU_STATS": str(tmp_path), "FAKE_NPU_OVERFLOW": overflow}
-    process = run([PYTHON, *command, *flags], timeout=1200, **variables)
+def train_and_check(bundle, chip, ranks, steps, data, folder):
+    """Train the bundle in folder `bundle`; the last rank overflows once, and all ranks must end with equal weights."""
+    command = [PYTHON, ROOT / "tests" / "rank_weights.py", folder, bundle, "--data", data, *FLAGS, *cards(ranks)]
+    flags = [*small(bundle.name), "--epochs=9", "--max-steps={}".format(steps)]
+    overflow = "{}:25".format(ranks - 1)  # in the first steps
+    variables = {"FAKE_NPU_SOC": chip, "FAKE_NPU_STATS": str(folder), "FAKE_NPU_OVERFLOW": overflow}
+    process = run([*command, *flags], timeout=1200, **variables)
     assert_fine(process)
     assert "Gradient overflow" not in process.stdout  # torch_npu's scaler says so on every rank
-    weights = [(tmp_path / "rank{}".format(rank)).read_text() for rank in range(ranks)]
-    assert len(set(weights)) == 1, weights
+    assert_all_on_the_cards(folder, ranks, steps, most_copies=steps + 5)
+    weights = [(folder / "rank{}".format(rank)).read_text() for rank in range(ranks)]
+    assert len(set(weights)) == 1, "the ranks have different weights: {}".format(weights)
     assert 1 <= int(weights[0].split()[1]) < steps, "{} steps were skipped".format(weights[0].split()[1])
-    assert_all_on_the_cards(tmp_path, ranks, steps, most_copies=steps + 5)
+
+
+@pytest.mark.parametrize("bundle, chip, ranks", JOBS)
+def test_weights_stay_equal_when_one_rank_overflows(bundle, chip, ranks, few_digits, tmp_path):
+    train_and_check(ROOT / bundle, chip, ranks, 10 if ranks == 8 else 3, few_digits, tmp_path)
+
+
+# What a mistake in the code would be -> (file, its words, the mistake, chip, what the check above says)
+MISTAKES = {
+    "the CPU in silence": ("common/device.py", 'return "npu"', 'return "cpu"', CHIPS[1], "computed nothing on a card"),
+    "a part on the CPU": (
+        "MnasNet/main.py",
+        "criterion(logits, targets)",
+        "criterion(logits.cpu(), targets.cpu()).to(logits.device)",
+        CHIPS[1],
+        "copies to the host",
+    ),
+    "labels on another card": (
+        "common/input.py",
+        ".to(self.device.torch_device, copy=True)",
+        '.to("npu:7", copy=True)',
+        CHIPS[1],
+        "Expected all tensors to be on the same device",
+    ),
+    "every rank on card 0": (
+        "common/device.py",
+        "torch.device(self.type, card)",
+        "torch.device(self.type, 0)",
+        CHIPS[1],
+        "both run on card 0",
+    ),
+    "a float64 sum over hccl": (
+        "common/ranks.py",
+        "dist.all_reduce(tensor)\n        return tensor",
+        "dist.all_reduce(tensor.cpu().double().to(tensor.device))\n        return tensor",
+        CHIPS[1],
+        "Unsupported data type at::kDouble",
+    ),
+    "a scaler that tells no other rank": (
+        "common/device.py",
+        "if not torch_npu.npu.utils.is_support_inf_nan():",
+        "if False:",
+        CHIPS[0],
+        "the ranks have different weights",
+    ),
+}
+
+
+@pytest.mark.skipif(not LONG, reason="of the tests, not of the code: a minute")
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_found(mistake, bundle_copy, few_digits, tmp_path):
+    file, words, wrong_words, chip, finding = MISTAKES[mistake]
+    bundle = bundle_copy("MnasNet")
+    path = bundle.parent / file
+    assert path.read_text().count(words) == 1
+    path.write_text(path.read_text().replace(words, wrong_words))
+    with pytest.raises(AssertionError, match=finding):
+        train_and_check(bundle, chip, 2, 6, few_digits, tmp_path)
 
 
 @pytest.fixture(scope="module")
-def trained_on_eight(few_digits, tmp_path_factory):
-    """Weights after some steps on eight cards, in a folder with the log."""
-    folder = tmp_path_factory.mktemp("eight")
+def trained_on_many(few_digits, tmp_path_factory):
+    """A checkpoint of two epochs on many cards, and one of its best weights."""
+    folder = tmp_path_factory.mktemp("many")
     flags = [
         "--data",
         few_digits,
@@ -64,7 +122,7 @@ def trained_on_eight(few_digits, tmp_path_factory):
         "--output-dir",
         folder,
     ]
-    process = run([PYTHON, ROOT / "MnasNet" / "main.py", *flags, *small("MnasNet"), *cards(8)])
+    process = run([PYTHON, ROOT / "MnasNet" / "main.py", *flags, *small("MnasNet"), *cards(MANY)])
     assert_fine(process)
     return folder / "checkpoint.pth.tar"
 
@@ -74,24 +132,24 @@ def evaluation(output):
     return next(line for line in output.splitlines() if line.startswith(" * Acc@1"))
 
 
-def test_one_and_eight_cards_measure_the_same(trained_on_eight, digits, few_digits):
+def test_one_and_many_cards_measure_the_same(trained_on_many, digits, few_digits):
     data = digits if LONG else few_digits
-    flags = ["--data", data, "-b", "32", "--workers=0", "--evaluate", "--resume", trained_on_eight, *small("MnasNet")]
+    flags = ["--data", data, "-b", "32", "--workers=0", "--evaluate", "--resume", trained_on_many, *small("MnasNet")]
     lines = []
-    for ranks in (1, 8):
+    for ranks in (1, MANY):
         process = run([PYTHON, ROOT / "MnasNet" / "main.py", *flags, *cards(ranks)])
         assert_fine(process)
         lines.append(evaluation(process.stdout))
     assert lines[0] == lines[1]
 
 
-def test_a_checkpoint_of_eight_cards_goes_anywhere(trained_on_eight, few_digits, tmp_path):
+def test_a_checkpoint_of_many_cards_goes_anywhere(trained_on_many, few_digits, tmp_path):
     """It loads without torch_npu and without being told where to, and resumes on two cards, on a CPU, without CANN."""
     load = "import sys, torch; torch.load(sys.argv[1], weights_only=True); assert 'torch_npu' not in sys.modules"
-    plain = subprocess.run([sys.executable, "-c", load, str(trained_on_eight)], stderr=subprocess.PIPE)
+    plain = subprocess.run([sys.executable, "-c", load, str(trained_on_many)], stderr=subprocess.PIPE)
     assert plain.returncode == 0, plain.stderr
     flags = ["--data", few_digits, "-b", "8", "--amp", "--workers=0", "--epochs=3", "--output-dir", tmp_path]
-    command = [PYTHON, ROOT / "MnasNet" / "main.py", *flags, *small("MnasNet"), "--resume", trained_on_eight]
+    command = [PYTHON, ROOT / "MnasNet" / "main.py", *flags, *small("MnasNet"), "--resume", trained_on_many]
     for options, cann in ((cards(2), True), (["--device=cpu"], True), (["--device=cpu"], False)):
         process = run([*command, *options], cann=cann)
         assert_fine(process)

@@ -8,6 +8,7 @@ import subprocess
 import pytest
 
 from tests.bundles import ROOT
+from tests.npu import build_cann
 
 NPU = ROOT / "tests" / "npu"
 PYTHON = NPU / "build" / "venv" / "bin" / "python"
@@ -18,8 +19,9 @@ LONG = bool(os.environ.get("LONG"))
 
 def environment(cann=True, **variables):
     """Return the environment of a host with cards, or with torch_npu alone; `variables` choose cards and faults."""
-    if not (PYTHON.exists() and (CANN / "set_env.sh").exists()):
-        pytest.fail("the NPU environment is not built: bash tests/npu/build.sh", pytrace=False)
+    built = CANN / "checksum"
+    if not (PYTHON.exists() and built.exists() and built.read_text() == build_cann.checksum()):
+        pytest.fail("the NPU environment is not built, or from other sources: bash tests/npu/build.sh", pytrace=False)
     result = {key: value for key, value in os.environ.items() if not key.startswith(("ASCEND_", "FAKE_NPU_", "HCCL_"))}
     if cann:
         command = ["bash", "-c", 'source "$0" && env -0', str(CANN / "set_env.sh")]

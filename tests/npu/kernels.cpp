@@ -26,7 +26,7 @@ using c10::DispatchKey;
 using c10::IValue;
 using Arguments = std::vector<c10::Argument>;
 
-// --- what ran where: written to $FAKE_NPU_STATS/rank<RANK>.json when the process ends
+// --- what ran where, for $FAKE_NPU_STATS/rank<RANK>.json
 struct Statistics {
   std::mutex mutex;
   std::map<int, std::map<std::string, long>> calls;  // card -> operator -> number
@@ -50,7 +50,7 @@ struct Statistics {
       largest_to_host = std::max<long>(largest_to_host, from.numel());
     }
   }
-  ~Statistics() {
+  void write() {
     const char* folder = std::getenv("FAKE_NPU_STATS");
     if (!folder || getpid() != process || calls.empty()) return;
     std::ofstream file(std::string(folder) + "/rank" + rank() + ".json");
@@ -249,10 +249,11 @@ at::Tensor contiguous(const at::Tensor& t, at::MemoryFormat format) {
   return t.is_contiguous() ? t : copy_of(t, format);
 }
 
-// As the first generation's: the flag of this card says whether a gradient overflowed, not the gradients themselves.
+// As the first generation's: the flag of this card, not the gradients, says whether one overflowed, and is cleared then.
 void check_flag_and_unscale_(at::TensorList gradients, at::Tensor& found, const at::Tensor& inverse_scale) {
   if (fake_npu_overflow()) {
-    found.fill_(1);
+    fake_npu_set_overflow(0);
+    found.add_(1);
     return;
   }
   for (at::Tensor gradient : gradients) gradient.mul_(inverse_scale);
@@ -277,6 +278,9 @@ bool is_view(const c10::FunctionSchema& schema) {
   return false;
 }
 }  // namespace
+
+// Called when Python ends: destructors do not run after os._exit.
+extern "C" void write_statistics() { statistics.write(); }
 
 // Called once, after torch_npu is imported: returns how many operators were replaced.
 extern "C" int install() {
