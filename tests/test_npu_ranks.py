@@ -1,5 +1,6 @@
 """Several emulated cards over hccl: equal weights, each rank on its own card, checkpoints that go anywhere."""
 
+import re
 import subprocess
 import sys
 
@@ -42,6 +43,8 @@ def train_and_check(bundle, chip, ranks, steps, data, folder):
     process = run([*command, *flags], timeout=1200, **variables)
     assert_fine(process)
     assert "Gradient overflow" not in process.stdout  # torch_npu's scaler says so on every rank
+    assert re.search(r"\tLoss \d", process.stdout)
+    assert not re.search(r"\tLoss (nan|inf)", process.stdout)
     assert_all_on_the_cards(folder, ranks, steps, most_copies=steps + 5)
     weights = [(folder / "rank{}".format(rank)).read_text() for rank in range(ranks)]
     assert len(set(weights)) == 1, "the ranks have different weights: {}".format(weights)

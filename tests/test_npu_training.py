@@ -1,5 +1,6 @@
 """The bundles on one emulated card: the same numbers as on the CPU, every mode of the scripts, the optimizers."""
 
+import json
 import re
 
 import pytest
@@ -121,6 +122,49 @@ def test_one_card_does_all_the_work(chip, few_digits, tmp_path):
     assert_all_on_the_cards(tmp_path, 1, 6, most_copies=2)
 
 
+# Trains MnasNet with the flags it is given; prints how the card is set up and what reaches every layer and the loss.
+LOOK = """
+import json, sys
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/.."]
+import main, torch, torch_npu
+from common import device
+seen = {"layers": set(), "targets": set()}
+def look(module, inputs):
+    if isinstance(module, main.LabelSmoothing):
+        seen["targets"].add(str(inputs[1].dtype))
+    elif isinstance(inputs[0], torch.Tensor):
+        seen["layers"].add((inputs[0].is_contiguous(), str(inputs[0].device)))
+torch.nn.modules.module.register_module_forward_pre_hook(look)
+build = device.Precision._build_scaler
+def build_and_look(self, loss_scale):
+    scaler = build(self, loss_scale)
+    seen["scaler"] = type(scaler).__module__.split(".")[0], scaler.get_scale(), getattr(scaler, "_dynamic", True)
+    return scaler
+device.Precision._build_scaler = build_and_look
+main.main(sys.argv[2:])
+seen["compiles"] = not torch.npu.is_jit_compile_false()
+seen["private formats"] = torch_npu._C._npu_getOption("ALLOW_INTERNAL_FORMAT") != b"disable"
+print("seen", json.dumps({key: sorted(value) if isinstance(value, set) else value for key, value in seen.items()}))
+"""
+
+
+@pytest.mark.parametrize("chip, scaler", [(CHIPS[0], "torch_npu"), (CHIPS[1], "torch")])
+def test_how_a_card_is_set_up(chip, scaler, few_digits):
+    """Whatever the chip's defaults are: the first generation's are to compile operators and to use private formats."""
+    flags = ["--data", few_digits, "-b", "8", "--amp", "--loss-scale=128", "--max-steps=1", "--workers=0", "--no-save"]
+    flags += ["--eval-freq=0", "--device=npu", *small("MnasNet")]
+    process = run([PYTHON, "-c", LOOK, ROOT / "MnasNet", *flags], FAKE_NPU_SOC=chip)
+    assert_fine(process)
+    (line,) = [line for line in process.stdout.splitlines() if line.startswith("seen ")]
+    assert json.loads(line[len("seen ") :]) == {
+        "layers": [[True, "npu:0"]],  # contiguous
+        "targets": ["torch.int64"],
+        "scaler": [scaler, 128, True],  # a fixed scale that still looks for overflows
+        "compiles": False,
+        "private formats": False,
+    }
+
+
 def test_without_a_visible_card_the_cpu_trains(few_digits):
     """torch_npu's own patches of the optimizers and of the data loader look for a card."""
     flags = ["--data", few_digits, "-b", "8", "--max-steps=2", "--workers=1", "--no-save", "--device=cpu"]
@@ -129,9 +173,13 @@ def test_without_a_visible_card_the_cpu_trains(few_digits):
 
 
 def test_the_old_habits_work(bundle_copy):
-    """The scripts source CANN's set_env.sh, ASCEND_DEVICE_ID names card and folder, RANK_SIZE is answered."""
+    """The scripts source CANN's set_env.sh, ASCEND_DEVICE_ID names card and folder, RANK_SIZE is answered.
+
+    ASCEND_RT_VISIBLE_DEVICES leaves three cards, of which number 2 is the last.
+    """
     bundle = bundle_copy("MnasNet")
     habits = {"ASCEND_TOOLKIT_HOME": str(CANN), "ASCEND_DEVICE_ID": "2", "RANK_SIZE": "4"}
+    habits["ASCEND_RT_VISIBLE_DEVICES"] = "1,5,6"
     options = ["--batch_size=4", "--max_steps=4", *small("MnasNet")]
     output = script(bundle, "performance_1p", *options, cann=False, **habits)
     assert "RANK_SIZE=4 is not used, the cards are 1" in output
