@@ -13,13 +13,12 @@ import platform
 import random
 import resource
 import sys
-import warnings
 
 import numpy as np
 import torch
 
 import common
-from common import convolution, launcher
+from common import ascend, convolution, launcher
 from common.errors import UserError
 from common.ranks import Ranks
 
@@ -57,33 +56,6 @@ def add_arguments(parser, amp=False, opt_level="O1", loss_scale=_DYNAMIC):
     launcher.add_arguments(parser)
 
 
-def _npu_module():
-    """Return `torch.npu`, or None where torch_npu is missing, cannot be used, or sees no card."""
-    if common.NPU_PROBLEM:
-        return None
-    if not hasattr(torch, "npu"):
-        try:
-            import torch_npu  # noqa: F401
-        except ImportError:
-            return None
-    # is_available() is True even when ASCEND_RT_VISIBLE_DEVICES hides all cards.
-    return torch.npu if torch.npu.device_count() > 0 else None
-
-
-def _why_no_npu():
-    if common.NPU_PROBLEM:
-        return common.NPU_PROBLEM
-    if "torch_npu" not in sys.modules:
-        release = torch.__version__.split("+")[0]
-        return 'torch_npu is not installed for {}: pip install "torch_npu=={}.*"'.format(sys.executable, release)
-    return "torch_npu sees no card (npu-smi info lists them{})".format(_visible_devices())
-
-
-def _visible_devices():
-    visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES")
-    return "" if visible is None else "; ASCEND_RT_VISIBLE_DEVICES={} numbers those it names from 0".format(visible)
-
-
 def choose_type(name):
     """Return "npu", "cuda" or "cpu" for the value of `--device`.
 
@@ -93,10 +65,10 @@ def choose_type(name):
     if name == "cpu":
         return "cpu"
     if name == "npu" or name == "auto":
-        if _npu_module() is not None:
+        if ascend.find() is not None:
             return "npu"
         if name == "npu":
-            raise UserError("--device npu: {}".format(_why_no_npu()))
+            raise UserError("--device npu: {}".format(ascend.why_none()))
     if torch.cuda.is_available():
         return "cuda"
     if name in ("gpu", "cuda"):
@@ -131,7 +103,7 @@ class Device:
         ids = launcher.card_ids(args)
         if len(ids) != self.ranks.local_world_size:
             ids = list(range(self.ranks.local_world_size))  # torchrun said how many there are
-        self._module = {"npu": _npu_module, "cuda": lambda: torch.cuda, "cpu": lambda: None}[self.type]()
+        self._module = {"npu": ascend.find, "cuda": lambda: torch.cuda, "cpu": lambda: None}[self.type]()
         self._fused_optimizer = args.fused_optimizer
         if args.fused_optimizer and self.type != "npu":
             raise UserError("--fused-optimizer is the NPU's; on {} torch's own is fused already".format(self.type))
@@ -144,13 +116,13 @@ class Device:
         else:
             card, count = ids[self.ranks.local_rank], self._module.device_count()
             if max(ids) >= count:  # the same on all ranks: the first one says it
-                visible = _visible_devices() if self.type == "npu" else ""
+                visible = ascend.visible_devices() if self.type == "npu" else ""
                 text = "card {} was asked for, this machine has {} (0 to {}){}"
                 raise UserError(text.format(max(ids), count, count - 1, visible))
             self.torch_device = torch.device(self.type, card)
             self._module.set_device(self.torch_device)
             if self.type == "npu":
-                _set_up_npu(self._module, args.jit_compile)
+                ascend.set_up(self._module, args.jit_compile)
         self.ranks.join(args.dist_backend or {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}[self.type])
         seed_host(args.seed)
 
@@ -232,7 +204,7 @@ class Device:
         """
         parameters = list(parameters)  # the first of several attempts must not use a generator up
         if self._fused_optimizer:
-            return _npu_fused_optimizer(kind)(parameters, **options)
+            return ascend.fused_optimizer(kind)(parameters, **options)
         cls = getattr(torch.optim, kind)
         # Without a word torch_npu asks a card whether to use foreach, also where there is none.
         forms = {"npu": (), "cuda": ({"fused": True},), "cpu": ({"fused": True}, {"foreach": False})}[self.type]
@@ -240,40 +212,6 @@ class Device:
             with contextlib.suppress(TypeError, RuntimeError):  # not in this torch, or not for this device
                 return cls(parameters, **form, **options)
         return cls(parameters, **options)
-
-
-def _set_up_npu(npu, jit_compile):
-    """Choose how operators are run, before the first tensor is on the card."""
-    if jit_compile != "auto":
-        # The first generation compiles by default: minutes for each new shape.
-        npu.set_compile_mode(jit_compile=jit_compile == "on")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is set is no news
-        npu.config.allow_internal_format = False  # results must not depend on private memory layouts
-
-
-def _npu_fused_optimizer(kind):
-    """Return `torch_npu.optim.NpuFused<kind>`, made safe: it keeps weights and gradients in buffers of its own."""
-    import torch_npu
-
-    warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # which it uses itself
-
-    class Fused(getattr(torch_npu.optim, "NpuFused" + kind)):
-        def zero_grad(self, set_to_none=False):
-            if self.is_params_grads_combined:
-                super().zero_grad()  # new gradients would not lie in its buffer
-            else:  # super() would move the weights into it, which a backward pass that follows does not survive
-                torch.optim.Optimizer.zero_grad(self)
-
-        def load_state_dict(self, state_dict):
-            if self.is_states_combined:
-                raise UserError("--fused-optimizer: a state can only be loaded before the first step")
-            super().load_state_dict(state_dict)
-            for state in self.state.values():
-                if "step" in state:
-                    state["step"] = int(state["step"])  # torch's own optimizers have a tensor there
-
-    return Fused
 
 
 def _fit_to_cpu(args):
@@ -367,12 +305,9 @@ class Precision:
                 raise UserError("--loss-scale {!r} is neither a number above 0 nor dynamic".format(loss_scale))
             # A fixed scale still has to skip overflowed steps, so it is a dynamic one that never grows.
             options = {"init_scale": scale, "growth_interval": 2**31 - 1}
-        if self._device.type == "npu":
-            import torch_npu
-
-            if not torch_npu.npu.utils.is_support_inf_nan():
-                # First-generation cards flag an overflow per card: only this scaler tells the other ranks.
-                return torch_npu.npu.amp.GradScaler(**options)
+        own = ascend.scaler(**options) if self._device.type == "npu" else None
+        if own is not None:
+            return own
         if hasattr(torch, "amp") and hasattr(torch.amp, "GradScaler"):
             return torch.amp.GradScaler(self._device.type, **options)
         return self._device._module.amp.GradScaler(**options)

@@ -88,9 +88,9 @@ MISTAKES = {
         "Unsupported data type at::kDouble",
     ),
     "a scaler that tells no other rank": (
-        "common/device.py",
-        "if not torch_npu.npu.utils.is_support_inf_nan():",
-        "if False:",
+        "common/ascend.py",
+        "None if torch_npu.npu.utils.is_support_inf_nan()",
+        "None if True",
         CHIPS[0],
         "the ranks have different weights",
     ),
