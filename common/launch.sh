@@ -22,7 +22,9 @@ fail() { # message, exit status
 }
 
 main_flags() { # the flags of main.py, read from the source: importing torch to refuse a typing error would take seconds
-    sed -n '/add_argument(/,/)/p' "$bundle/main.py" "$common"/*.py | grep -oE '"--?[a-zA-Z][a-zA-Z0-9_-]*"' | tr -d '"' | sort -u
+    grep -l '^def \(build_parser\|add_arguments\)(' "$bundle/main.py" "$common"/*.py | while read -r file; do
+        sed -n '/add_argument(/,/)/p' "$file"
+    done | grep -oE '"--?[a-zA-Z][a-zA-Z0-9_-]*"' | tr -d '"' | sort -u
 }
 
 script_options="--data_path= --device_id= --batch_size= --epochs= --learning_rate= --workers= --resume= --max_steps= \
