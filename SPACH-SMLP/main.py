@@ -188,15 +188,16 @@ class AveragedWeights:
 
     def __init__(self, model, decay):
         self.model, self._decay = copy.deepcopy(model).eval(), decay
-        # A state dict's tensors are the model's own, so the pairs stay true from step to step.
-        self._pairs = list(zip(self.model.state_dict().values(), model.state_dict().values()))
+        # The model's own parameters and buffers, so the pairs stay true, also when mixed precision changes their type.
+        averages, values = (m.state_dict(keep_vars=True).values() for m in (self.model, model))
+        self._pairs = list(zip(averages, values))
 
     def update(self):
         """Take the model's last step into the average."""
         with torch.no_grad():
             for average, value in self._pairs:
                 if average.is_floating_point():
-                    average.lerp_(value, 1 - self._decay)
+                    average.lerp_(value.to(average), 1 - self._decay)
                 else:
                     average.copy_(value)
 
@@ -289,9 +290,9 @@ def main(argv=None):
     train_loader, val_loader = build_loaders(args, card, content)
     classes = input.class_names(args, train_loader or val_loader)
     model = build_model(args, len(classes), content, card, log)
-    precision = device.Precision(card, args)
     optimizer, schedule = build_optimizer(args, card, model)
     average = AveragedWeights(model, args.ema_decay)
+    precision = device.Precision(card, args, model, optimizer)
     parts = {"state_dict": model, "optimizer": optimizer, "precision": precision, "state_dict_ema": average}
     facts = {"arch": args.arch, "classes": classes, "args": vars(args)}
     checkpoints = checkpoint.Checkpoints(card, args, log, BUNDLE, parts, facts)

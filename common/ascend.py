@@ -7,6 +7,7 @@ import warnings
 import torch
 
 import common
+from common import apex
 from common.errors import UserError
 
 
@@ -27,7 +28,7 @@ def why_none():
     """Return why `find` finds none, with the cure."""
     if common.NPU_PROBLEM:
         return common.NPU_PROBLEM
-    if "torch_npu" not in sys.modules:
+    if not hasattr(torch, "npu"):
         release = torch.__version__.split("+")[0]
         return 'torch_npu is not installed for {}: pip install "torch_npu=={}.*"'.format(sys.executable, release)
     return "torch_npu sees no card (npu-smi info lists them{})".format(visible_devices())
@@ -41,12 +42,13 @@ def visible_devices():
 
 def set_up(npu, jit_compile):
     """Choose how operators are run, before the first tensor is on the card."""
-    if jit_compile != "auto":
+    if jit_compile != "auto" and hasattr(npu, "set_compile_mode"):
         # The first generation compiles by default: minutes for each new shape.
         npu.set_compile_mode(jit_compile=jit_compile == "on")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is set is no news
-        npu.config.allow_internal_format = False  # results must not depend on private memory layouts
+    if hasattr(npu, "config"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is set is no news
+            npu.config.allow_internal_format = False  # results must not depend on private memory layouts
 
 
 def scaler(**options):
@@ -54,13 +56,15 @@ def scaler(**options):
     import torch_npu
 
     # First-generation cards flag an overflow per card: only this scaler tells the other ranks.
-    return None if torch_npu.npu.utils.is_support_inf_nan() else torch_npu.npu.amp.GradScaler(**options)
+    has_inf = getattr(torch_npu.npu.utils, "is_support_inf_nan", bool)  # 1.8 knows the first generation alone
+    return None if has_inf() else torch_npu.npu.amp.GradScaler(**options)
 
 
 def fused_optimizer(kind):
     """Return `torch_npu.optim.NpuFused<kind>`, made safe: it keeps weights and gradients in buffers of its own."""
-    import torch_npu
-
+    torch_npu = sys.modules.get("torch_npu")
+    if not hasattr(torch_npu, "optim"):  # torch 1.5 and 1.8
+        return apex.fused_optimizer(kind)
     warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # which it uses itself
 
     class Fused(getattr(torch_npu.optim, "NpuFused" + kind)):

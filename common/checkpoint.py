@@ -217,7 +217,7 @@ class Checkpoints:
             return
         state = {name: _on_cpu(part.state_dict()) for name, part in self._parts.items()}
         state.update(self._facts, epoch=self.epoch, samples=self.samples, best_acc1=self.best_acc1)
-        if not all(t.isfinite().all() for t in state["state_dict"].values() if t.is_floating_point()):
+        if not all(torch.isfinite(t).all() for t in state["state_dict"].values() if t.is_floating_point()):
             kept = self._log.last_checkpoint
             raise UserError(
                 "the weights are not finite numbers and are not saved; {}. Try a lower learning rate, a longer "
@@ -285,9 +285,13 @@ def _on_cpu(value):
 
 
 def _in_the_form_of(part, state):
-    """Return an optimizer's `state` with the form that its step has here: a file of another device may have another."""
+    """Return an optimizer's `state` in the form of this device and this torch: a file of others may have another."""
     groups = getattr(part, "param_groups", ())
     if len(groups) == 0 or len(groups) != len(state["param_groups"]):
         return state
     forms = ({key: group[key] for key in ("fused", "foreach", "capturable") if key in group} for group in groups)
-    return dict(state, param_groups=[dict(saved, **form) for saved, form in zip(state["param_groups"], forms)])
+    state = dict(state, param_groups=[dict(saved, **form) for saved, form in zip(state["param_groups"], forms)])
+    if "foreach" not in groups[0]:  # old torch, whose steps are plain numbers; newer ones make tensors of them
+        plain = {n: dict(s, step=int(s["step"])) if "step" in s else s for n, s in state["state"].items()}
+        state.update(state=plain)
+    return state

@@ -1,4 +1,4 @@
-"""The device of this process: which card it is, how fast arithmetic is set up on it, mixed precision, optimizers.
+"""The device of this process: which card it is, how fast arithmetic is set up on it, optimizers.
 
 Everything that differs between NPU, CUDA and CPU, or between versions of torch, is decided here; the bundles name none
 of them. Versions are never compared: a feature is tried, or looked for with `hasattr`.
@@ -6,8 +6,6 @@ of them. Versions are never compared: a feature is tried, or looked for with `ha
 
 import contextlib
 import inspect
-import io
-import math
 import os
 import platform
 import random
@@ -20,12 +18,12 @@ import torch
 import common
 from common import ascend, convolution, launcher
 from common.errors import UserError
+from common.precision import DYNAMIC
+from common.precision import Precision as Precision  # the bundles take it from here
 from common.ranks import Ranks
 
-_DYNAMIC = "dynamic"
 
-
-def add_arguments(parser, amp=False, opt_level="O1", loss_scale=_DYNAMIC):
+def add_arguments(parser, amp=False, opt_level="O1", loss_scale=DYNAMIC):
     """Declare the options of device, ranks and precision; the recipe gives the defaults of the precision."""
     group = parser.add_argument_group("device and precision")
     group.add_argument(
@@ -130,7 +128,8 @@ class Device:
     def name(self):
         """The model name of the card or processor."""
         if self._module is not None:
-            return self._module.get_device_name(self.torch_device)
+            name = getattr(self._module, "get_device_name", str)  # torch 1.5 has none for NPUs
+            return name(self.torch_device)
         return processor_name()
 
     def _share_cores(self):
@@ -210,6 +209,9 @@ class Device:
         forms = {"npu": (), "cuda": ({"fused": True},), "cpu": ({"fused": True}, {"foreach": False})}[self.type]
         for form in forms:
             with contextlib.suppress(TypeError, RuntimeError):  # not in this torch, or not for this device
+                sample = torch.zeros(1, device=self.torch_device, requires_grad=True)
+                sample.grad = torch.zeros_like(sample)
+                cls([sample], **form, **options).step()  # torch 2.1 says no only here
                 return cls(parameters, **form, **options)
         return cls(parameters, **options)
 
@@ -246,110 +248,6 @@ def seed_host(seed):
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def has_fast_bfloat16():
-    """Return whether the processor multiplies bfloat16 in hardware; elsewhere it is slower than float32."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            flags = next((line for line in file if line.startswith(("flags", "Features"))), "").split()
-    except OSError:
-        return False
-    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-class Precision:
-    """Mixed precision: autocast for the forward pass, a scaled backward pass, and steps skipped on overflow.
-
-    Attributes:
-        label: what runs, for the log: "float32", "bfloat16", "float16, loss scale dynamic", ...
-    """
-
-    def __init__(self, device, args):
-        self._device = device
-        self._dtype = self._choose_dtype(device, args)
-        self._scaler = self._overflows = None
-        self.label = str(self._dtype or torch.float32).replace("torch.", "")
-        if self._dtype == torch.float16:
-            self._scaler = self._build_scaler(args.loss_scale)
-            self.label += ", loss scale {}".format(args.loss_scale)
-
-    @property
-    def skipped(self):
-        """Number of steps that were skipped because a gradient overflowed; reading it waits for the device."""
-        return 0 if self._overflows is None else int(self._overflows.item())
-
-    @staticmethod
-    def _choose_dtype(device, args):
-        if not args.amp or args.opt_level == "O0" or not hasattr(torch, "autocast"):
-            return None
-        if device.type == "cpu":
-            if args.amp_dtype == "float16":
-                raise UserError("--amp-dtype float16 is for NPU and CUDA; a CPU takes bfloat16")
-            return torch.bfloat16 if args.amp_dtype == "bfloat16" or has_fast_bfloat16() else None
-        if args.amp_dtype == "bfloat16":
-            supported = getattr(device._module, "is_bf16_supported", lambda: False)()
-            if not supported:
-                raise UserError("--amp-dtype bfloat16: {} has none; use float16".format(device.name))
-            return torch.bfloat16
-        return torch.float16
-
-    def _build_scaler(self, loss_scale):
-        options = {}
-        if loss_scale != _DYNAMIC:
-            try:
-                scale = float(loss_scale)
-            except ValueError:
-                scale = math.nan
-            if not 0 < scale < math.inf:
-                raise UserError("--loss-scale {!r} is neither a number above 0 nor dynamic".format(loss_scale))
-            # A fixed scale still has to skip overflowed steps, so it is a dynamic one that never grows.
-            options = {"init_scale": scale, "growth_interval": 2**31 - 1}
-        own = ascend.scaler(**options) if self._device.type == "npu" else None
-        if own is not None:
-            return own
-        if hasattr(torch, "amp") and hasattr(torch.amp, "GradScaler"):
-            return torch.amp.GradScaler(self._device.type, **options)
-        return self._device._module.amp.GradScaler(**options)
-
-    def autocast(self):
-        """Return the context of a forward pass and its loss."""
-        if self._dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self._device.type, dtype=self._dtype)
-
-    def step(self, loss, optimizer):
-        """Do the backward pass of `loss` (a scalar) and one step of `optimizer`, unless a gradient overflowed."""
-        optimizer.zero_grad()
-        if self._scaler is None:
-            loss.backward()
-            optimizer.step()
-            return
-        self._scaler.scale(loss).backward()
-        with self._silence():
-            self._scaler.step(optimizer)
-            self._count_overflow(optimizer)
-            self._scaler.update()
-
-    def _silence(self):
-        """torch_npu's scaler prints what it does, on every rank; the log has the number of skipped steps."""
-        prints = type(self._scaler).__module__.startswith("torch_npu")
-        return contextlib.redirect_stdout(io.StringIO()) if prints else contextlib.nullcontext()
-
-    def _count_overflow(self, optimizer):
-        # On the device: asking whether the step was skipped would wait for it.
-        (found,) = self._scaler._found_inf_per_device(optimizer).values()
-        self._overflows = found.sign() if self._overflows is None else self._overflows + found.sign()
-
-    def state_dict(self):
-        """Return what a checkpoint must keep: the loss scale, its counters, and the number of skipped steps."""
-        return dict(self._scaler.state_dict(), skipped=self.skipped) if self._scaler is not None else {}
-
-    def load_state_dict(self, state):
-        """Take the state of another run; a state of another precision is left aside."""
-        if self._scaler is not None and state:
-            self._scaler.load_state_dict(dict(state, dynamic=state.get("dynamic", True)))
-            self._overflows = torch.tensor(float(state.get("skipped", 0)), device=self._device.torch_device)
 
 
 def describe_environment():

@@ -2,6 +2,7 @@
 
 import ctypes
 import datetime
+import json
 import os
 import signal
 import sys
@@ -139,12 +140,15 @@ class Ranks:
         self._max_on_host(0)
 
     def gather_on_host(self, value):
-        """Return the list of every rank's `value` (anything picklable), on all ranks."""
+        """Return the list of every rank's `value` (anything JSON can write), on all ranks."""
         if self.world_size == 1:
             return [value]
-        values = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self._host_group)
-        return values
+        text = json.dumps(value).encode()
+        (longest,) = self._max_on_host(len(text))
+        mine = torch.tensor(list(text.ljust(longest)), dtype=torch.uint8)
+        texts = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(texts, mine, group=self._host_group)
+        return [json.loads(bytes(text.tolist())) for text in texts]
 
     def broadcast_buffers(self, model):
         """Give all ranks rank 0's buffers (BatchNorm statistics), which each rank collects for itself in training."""

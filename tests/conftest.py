@@ -12,6 +12,7 @@ from tests import sample_data
 from tests.bundles import ROOT
 
 LONG = bool(os.environ.get("LONG"))  # the same assertions with the full numbers: tests/long.sh
+collect_ignore = [] if "LEGACY" in os.environ else ["legacy"]  # tests/legacy.sh makes its environments
 
 
 @pytest.fixture(scope="session")
@@ -35,24 +36,24 @@ def few_digits(digits, tmp_path_factory):
     return folder
 
 
+def copy_bundle(bundle, place):
+    """Copy one bundle and common/ into the folder `place`; return the bundle's folder there."""
+    ignored = shutil.ignore_patterns("output", "*.pth.tar*", "__pycache__")
+    for name in ("common", bundle):
+        if not (place / name).exists():
+            shutil.copytree(str(ROOT / name), str(place / name), ignore=ignored)
+    return place / bundle
+
+
 @pytest.fixture
 def bundle_copy(tmp_path):
-    """A function that copies one bundle and common/ to a folder with a space in its name, and returns the bundle."""
-
-    def copy(bundle):
-        place = tmp_path / "a place"
-        ignored = shutil.ignore_patterns("output", "*.pth.tar*", "__pycache__")
-        for name in ("common", bundle):
-            if not (place / name).exists():
-                shutil.copytree(str(ROOT / name), str(place / name), ignore=ignored)
-        return place / bundle
-
-    return copy
+    """`copy_bundle` to a folder with a space in its name."""
+    return lambda bundle: copy_bundle(bundle, tmp_path / "a place")
 
 
 def run(command, cwd=None, timeout=300, **environment):
     """Run `command`; return the finished process with its text in `stdout` and `stderr`."""
-    variables = dict(os.environ, PYTHON=sys.executable, **environment)
+    variables = dict(os.environ, **dict({"PYTHON": sys.executable}, **environment))
     return subprocess.run(
         [str(word) for word in command],
         cwd=str(cwd or pathlib.Path.home()),

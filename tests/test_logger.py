@@ -11,7 +11,8 @@ def float16_precision():
     """A `Precision` with a loss scaler, on the CPU."""
     precision = Precision.__new__(Precision)
     precision._device = types.SimpleNamespace(torch_device=torch.device("cpu"))
-    precision._scaler, precision._overflows = torch.amp.GradScaler("cpu"), None
+    precision._scaler = torch.amp.GradScaler("cpu")
+    precision._overflows = precision._apex = None
     return precision
 
 

@@ -170,7 +170,7 @@ def test_twenty_steps_follow_torchvision_in_a_plain_loop(memory_format, monkeypa
         optimizer, schedule = main.build_optimizer(args, processor, model)
         epoch = log.train(loader, 0, 0, args)
         nothing = types.SimpleNamespace(after_step=lambda epoch: None)
-        precision = device.Precision(processor, args)
+        precision = device.Precision(processor, args, model, optimizer)
         main.train_one_epoch(epoch, model, main.LabelSmoothing(0.1), optimizer, schedule, precision, nothing)
 
     for module in reference.modules():

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# The bundles on the versions of torch that the published tables name: bash tests/legacy.sh
+# Makes an environment per version in .legacy/ from 1.5_ and 1.8_requirements.txt (LONG=1: and one of torch 2.1), then
+# runs tests/legacy/test_legacy.py on two bundles at a time. Exit status 3: an interpreter is missing, nothing passed.
+# PYTHON: the interpreter with tests/requirements.txt (default: .venv/bin/python).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=${PYTHON:-.venv/bin/python}
+
+find_python() { # version such as 3.7
+    local found
+    if found=$(command -v "python$1") && "$found" -c '' 2>/dev/null; then # pyenv's shims fail where the version is not chosen
+        printf '%s' "$found"
+    elif command -v pyenv >/dev/null; then
+        find "$(pyenv root)/versions" -path "*/$1.*/bin/python" 2>/dev/null | sort -V | tail -n 1
+    fi
+}
+
+make_environment() { # version of torch, interpreter, arguments of pip install
+    local folder=.legacy/$1 interpreter=$2
+    shift 2
+    if ! cmp -s <(printf '%s\n' "$interpreter" "$@"; cat SPACH-SMLP/1.?_requirements.txt) "$folder/made_from"; then
+        rm -rf "$folder"
+        "$interpreter" -m venv "$folder"
+        "$folder/bin/pip" install -q --disable-pip-version-check "$@"
+        "$folder/bin/pip" check
+        { printf '%s\n' "$interpreter" "$@"; cat SPACH-SMLP/1.?_requirements.txt; } >"$folder/made_from"
+    fi
+}
+
+versions='1.5=3.7 1.8=3.8'
+[ -z "${LONG:-}" ] || versions+=' 2.1=3.10'
+LEGACY='' missing=''
+for pair in $versions; do
+    torch=${pair%=*} wanted=${pair#*=}
+    interpreter=$(find_python "$wanted")
+    if [ -z "$interpreter" ]; then
+        printf 'not run: Python %s is not here (neither on the PATH nor in pyenv), so torch %s was not tested\n' "$wanted" "$torch" >&2
+        missing=yes
+        continue
+    fi
+    LEGACY+="$torch=$PWD/.legacy/$torch/bin/python "
+    case $torch in
+    2.1) set -- torch==2.1.0 torchvision==0.16.0 'numpy<2' pillow simplejpeg safetensors timm==1.0.31 ;;
+    *) set -- -r "SPACH-SMLP/${torch}_requirements.txt" ;; # of the five the one with the most in it
+    esac
+    make_environment "$torch" "$interpreter" "$@" &
+    environments+=($!)
+done
+for pid in "${environments[@]}"; do wait "$pid"; done
+export LEGACY
+[ -z "$LEGACY" ] || find . -mindepth 2 -maxdepth 2 -name main.py -printf '%h\n' | cut -c3- |
+    xargs -P 2 -I{} "$python" -m pytest -q -p no:cacheprovider -k {} "$@" tests/legacy/test_legacy.py
+[ -z "$missing" ] || exit 3

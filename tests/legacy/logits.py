@@ -1,0 +1,22 @@
+"""Write a bundle's logits in float64 and float32 for weights and images that are the same everywhere.
+
+logits.py BUNDLE SIZE OUT.npz
+"""
+
+import sys
+
+import numpy as np
+import torch
+
+from tests.bundles import imported
+from tests.deterministic import fill_, images
+
+bundle, size, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+with imported(bundle, "main") as main:
+    parser = main.build_parser()
+    arch = parser.get_default("arch")
+    options = {"image_size": size} if bundle == "SPACH-SMLP" else {}
+    model = fill_(getattr(main.models, arch)(1000, **options).double()).eval()
+batch = images(2, size)
+with torch.no_grad():
+    np.savez(out, float64=model(batch).numpy(), float32=model.float()(batch.float()).numpy())

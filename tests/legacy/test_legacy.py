@@ -1,0 +1,160 @@
+"""The bundles on old versions of torch, against each other and against the newest; run by tests/legacy.sh."""
+
+import itertools
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from tests.bundles import BUNDLES, ROOT
+from tests.conftest import LONG, copy_bundle, loss_file, result_file, run, run_script
+from tests.test_scripts import PERF_KEYS, assert_refused, small
+
+OLD = dict(pair.split("=") for pair in os.environ.get("LEGACY", "").split())
+PYTHONS = dict(OLD, newest=sys.executable)
+STAND_INS = ROOT / "tests" / "legacy" / "stand_ins"
+PAIRS = list(itertools.permutations(PYTHONS, 2))
+RESUMED = BUNDLES if LONG else ["MnasNet", "SPACH-SMLP"]  # SGD, AdamW
+TRAINING = ["--batch_size=8", "--workers=1", "--learning_rate=0.001"]
+
+
+def run_legacy(version, bundle, name, *options, **environment):
+    process = run_script(bundle, name, *options, PYTHON=PYTHONS[version], **environment)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process
+
+
+@pytest.fixture(scope="module")
+def logits(tmp_path_factory):
+    """A function that returns a bundle's logits by dtype, as a version of torch computes them."""
+    folder, found = tmp_path_factory.mktemp("logits"), {}
+
+    def compute(version, bundle):
+        if (version, bundle) not in found:
+            path = folder / "{}-{}.npz".format(bundle, version)
+            size = (331 if bundle == "PnasNet5Large" else 224) if LONG else 64
+            command = [PYTHONS[version], ROOT / "tests" / "legacy" / "logits.py", bundle, size, path]
+            process = run(command, cwd=ROOT, PYTHONPATH=str(ROOT))
+            assert process.returncode == 0, process.stderr
+            found[version, bundle] = np.load(str(path))
+        return found[version, bundle]
+
+    return compute
+
+
+@pytest.mark.parametrize("version", OLD)
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_logits(bundle, version, logits):
+    here, newest = logits(version, bundle), logits("newest", bundle)
+    assert np.abs(here["float64"] - newest["float64"]).max() < 1e-5
+    largest = np.abs(newest["float32"]).max()
+    assert np.abs(here["float32"] - newest["float32"]).max() < 1e-5 * largest
+
+
+@pytest.mark.parametrize("version", OLD)
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_performance(bundle, version, bundle_copy):
+    folder = bundle_copy(bundle)
+    run_legacy(version, folder, "performance_1p", "--max_steps=2", "--batch_size=2", "--lr=1e-3", *small(bundle))
+    perf = result_file(folder, "perf")
+    assert list(perf) == PERF_KEYS and float(perf["ActualFPS"]) > 0
+    assert len(loss_file(folder)) == 2
+
+
+@pytest.fixture(scope="module")
+def trained(few_digits, tmp_path_factory):
+    """A function that returns a bundle's folder after an epoch of five steps on two ranks with a version of torch."""
+    found = {}
+
+    def train(version, bundle):
+        if (version, bundle) not in found:
+            folder = copy_bundle(bundle, tmp_path_factory.mktemp("trained"))
+            options = ["--data_path={}".format(few_digits), "--rank_size=2", "--epochs=1", *TRAINING, *small(bundle)]
+            run_legacy(version, folder, "full_8p", *options, "--output_dir={}".format(folder))
+            found[version, bundle] = folder
+        return found[version, bundle]
+
+    return train
+
+
+@pytest.mark.parametrize("version", OLD)
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_training_on_two_ranks(bundle, version, trained):
+    folder = trained(version, bundle)
+    perf, acc = result_file(folder, "perf"), result_file(folder, "acc")
+    assert (perf["RankSize"], acc["RankSize"]) == ("2", "2") and 0 <= float(acc["TrainAccuracy"]) <= 100
+    assert len(loss_file(folder)) == 5
+    assert (folder / "checkpoint.pth.tar").is_file() and (folder / "model_best.pth.tar").is_file()
+
+
+@pytest.mark.parametrize("saver, reader", PAIRS)
+@pytest.mark.parametrize("bundle", RESUMED)
+def test_resuming_with_another_version(bundle, saver, reader, trained, few_digits, tmp_path):
+    checkpoint = trained(saver, bundle) / "checkpoint.pth.tar"
+    folder = copy_bundle(bundle, tmp_path)
+    options = ["--data_path={}".format(few_digits), "--epochs=2", *TRAINING, *small(bundle)]
+    options += ["--resume={}".format(checkpoint), "--output_dir={}".format(tmp_path)]
+    process = run_legacy(reader, folder, "full_1p", *options)
+    assert "Epoch: [1]" in process.stdout and "Epoch: [0]" not in process.stdout
+    content = torch.load(str(tmp_path / "checkpoint.pth.tar"), weights_only=True)
+    assert content["epoch"] == 2
+    if bundle == "SPACH-SMLP":  # AdamW counts its steps: five of each version's, ten on one rank
+        assert {int(state["step"]) for state in content["optimizer"]["state"].values()} == {15}
+
+
+def on_emulated_npu(bundle, name, calls, *options, version="1.5", **environment):
+    """Run a script where torch has NPUs of its own and Ascend's apex is installed; return the process and the calls."""
+    environment = dict(environment, PYTHONPATH=str(STAND_INS), APEX_CALLS=str(calls), PYTHON=PYTHONS[version])
+    process = run_script(bundle, name, "--max_steps=4", *TRAINING, *options, **environment)
+    return process, [json.loads(line) for line in calls.read_text().splitlines()] if calls.exists() else []
+
+
+@pytest.mark.skipif("1.5" not in OLD, reason="needs torch 1.5")
+@pytest.mark.parametrize("bundle, level, ceiling", [
+    ("MnasNet", "O1", 2.0**24), ("ShuffleNetV2", "O2", 64.0), ("SPACH-SMLP", "O1", 2.0**24),
+])  # fmt: skip
+def test_mixed_precision_by_apex(bundle, level, ceiling, bundle_copy, few_digits, tmp_path):
+    folder = bundle_copy(bundle)
+    data = "--data_path={}".format(few_digits)
+    flags = ["--epochs=1", *small(bundle)]
+    process, calls = on_emulated_npu(
+        folder, "full_8p", tmp_path / "1", data, "--rank_size=2", *flags, APEX_OVERFLOW_STEP="3"
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    expected = {"opt_level": level, "loss_scale": "dynamic", "max_loss_scale": ceiling, "combine_grad": True}
+    assert len(calls) == 2
+    for call in calls:
+        assert {key: call[key] for key in expected} == expected and call["ranks"] == 2
+    assert "float16 by apex" in process.stdout and '"device": "npu"' in process.stdout
+    content = torch.load(str(folder / "checkpoint.pth.tar"), weights_only=True)
+    assert content["precision"]["scale"] == min(ceiling, 2.0**16) / 2 and content["precision"]["skipped"] == 1
+    if bundle == "SPACH-SMLP":
+        assert {int(state["step"]) for state in content["optimizer"]["state"].values()} == {3}
+    process, calls = on_emulated_npu(
+        folder, "full_1p", tmp_path / "2", data, "--epochs=1", "--max_steps=10", "--fused-optimizer",
+        "--resume={}".format(folder / "checkpoint.pth.tar"), *small(bundle),
+    )  # fmt: skip
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert calls[0]["optimizer"] == ("NpuFusedAdamW" if bundle == "SPACH-SMLP" else "NpuFusedSGD")
+    assert calls[1] == {"loaded": min(ceiling, 2.0**16) / 2}
+
+
+@pytest.mark.skipif("1.5" not in OLD, reason="needs torch 1.5")
+def test_fused_optimizers_need_mixed_precision_MnasNet(bundle_copy, few_digits, tmp_path):
+    options = ["--data_path={}".format(few_digits), "--opt-level=O0", "--fused-optimizer", *small("MnasNet")]
+    process, calls = on_emulated_npu(bundle_copy("MnasNet"), "full_1p", tmp_path / "calls", *options)
+    assert_refused(process, 1, "--fused-optimizer", "--opt-level O1")
+    assert calls == []
+
+
+@pytest.mark.skipif("1.5" not in OLD, reason="needs torch 1.5")
+def test_the_unrelated_apex_is_ignored_with_a_line_MnasNet(bundle_copy, tmp_path):
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("raise ImportError('pyramid_mailer')")
+    options = ["--max_steps=2", "--batch_size=2", *small("MnasNet")]
+    process = run_legacy("1.5", bundle_copy("MnasNet"), "performance_1p", *options, PYTHONPATH=str(tmp_path))
+    line = "the apex in {} is an unrelated package of that name and is not used".format(tmp_path / "apex")
+    assert process.stdout.count(line) == 1 and '"precision": "float32"' in process.stdout
