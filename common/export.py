@@ -44,10 +44,10 @@ def write(args, model, crop, facts, log):
 
 def _safetensors(model, facts):
     try:
-        from safetensors.torch import save
+        from safetensors.numpy import save  # its form for tensors needs a newer torch
     except ImportError:
         raise UserError("--export: safetensors is missing: pip install safetensors") from None
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.contiguous().numpy() for name, tensor in model.state_dict().items()}
     return save(state, facts), "{} tensors".format(len(state))
 
 

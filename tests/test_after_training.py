@@ -159,7 +159,7 @@ def test_a_file_that_computes_otherwise_is_not_written(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("package, name", [("onnxruntime", "m.onnx"), ("safetensors.torch", "m.safetensors")])
+@pytest.mark.parametrize("package, name", [("onnxruntime", "m.onnx"), ("safetensors.numpy", "m.safetensors")])
 def test_a_missing_package_is_one_line(package, name, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     checkpoint(tmp_path / "weights.pth.tar", "MnasNet", "mnasnet0_5")

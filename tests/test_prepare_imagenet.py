@@ -4,6 +4,7 @@ import os
 import shutil
 import struct
 import sys
+import tarfile
 import zlib
 
 import pytest
@@ -119,6 +120,32 @@ def test_what_is_refused(val, tmp_path):
     assert "is both in '' and in 'n09193705'" in refused(val, labels)
     (val / NAMES[0]).unlink()
     assert "stands in n09193705/ and is of class n01751748" in refused(val, labels)
+
+
+def test_the_commands_of_the_readme(val, tmp_path):
+    """From archives in the form of ImageNet's to a folder that trains."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Bring ImageNet")[2]
+    commands = section.partition("```sh\n")[2].partition("```")[0]
+    devkit = _write_labels(tmp_path, "devkit_compressed")
+    devkit.rename(tmp_path / "ILSVRC2012_devkit_t12")
+    with tarfile.open(str(tmp_path / "ILSVRC2012_img_val.tar"), "w") as archive:
+        for name in NAMES:
+            archive.add(str(val / name), name)
+    shutil.rmtree(str(val))
+    with tarfile.open(str(tmp_path / "ILSVRC2012_img_train.tar"), "w") as archive:
+        for label in sorted(set(CLASSES)):
+            (tmp_path / "image").write_text(label)
+            with tarfile.open(str(tmp_path / "inner.tar"), "w") as inner:
+                inner.add(str(tmp_path / "image"), label + "_1.JPEG")
+            archive.add(str(tmp_path / "inner.tar"), label + ".tar")
+    commands = commands.replace("/data/imagenet", str(tmp_path / "imagenet")).replace(
+        "python -m", sys.executable + " -m"
+    )
+    process = run(["bash", "-euc", commands], cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert process.returncode == 0, process.stderr
+    assert files(tmp_path / "imagenet" / "val") == DONE
+    assert files(tmp_path / "imagenet" / "train") == sorted("{0}/{0}_1.JPEG".format(label) for label in set(CLASSES))
+    assert list(ImageFolder(str(tmp_path / "imagenet"), "train").targets) == [0, 1, 2]
 
 
 def test_a_folder_that_cannot_be_written(val, tmp_path):
