@@ -108,6 +108,16 @@ def build_loaders(args, card, content):
 def build_model(args, num_classes, content, card, log):
     """Return the model on the card, with the weights of `--resume` or `--pretrained`."""
     use_aux = args.aux_weight > 0 and not deploy.is_asked_for(args)
+    if use_aux and not args.evaluate and args.image_size < 323:
+        raise errors.UserError(
+            "the auxiliary head cannot see --image-size {}: give 323 or more, or --aux-weight 0".format(args.image_size)
+        )
+    if args.zero_pad and (args.image_size - 11) % 16 >= 8:  # see models.pnasnet5large
+        raise errors.UserError(
+            "--zero-pad needs an even map in cell_4, which --image-size {} does not give: try {}".format(
+                args.image_size, args.image_size + 16 - (args.image_size - 11) % 16
+            )
+        )
     model = getattr(models, args.arch)(num_classes, use_aux, args.zero_pad, args.drop_path, args.dropout)
     if content is not None:
         path = args.resume or args.pretrained

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 import zlib
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from common.input import import_torchvision
-from tests.bundles import imported
+from tests.bundles import ROOT, imported
+from tests.conftest import run
 from tests.deterministic import fill_, images
 
 import_torchvision()
@@ -214,3 +216,16 @@ def test_convert_refuses_other_networks():
         "not a checkpoint of this PNASNet5Large: conv_0.bn.weight is (95,), not (96,); it has extra (3,); "
         "it has no cell_7.conv_1x1.conv.weight"
     )
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--image-size=322"], "the auxiliary head cannot see --image-size 322: give 323 or more, or --aux-weight 0"),
+        (["--image-size=346", "--zero-pad"], "which --image-size 346 does not give: try 347"),
+    ],
+)
+def test_image_sizes_that_do_not_fit(flags, words):
+    process = run([sys.executable, ROOT / "PnasNet5Large" / "main.py", "--synthetic", "--num-classes=3", *flags])
+    assert process.returncode == 1 and process.stderr.count("\n") == 1
+    assert words in process.stderr

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from common import safe_load
-from tests import chaos
+from tests import chaos, test_scripts
 from tests.bundles import BUNDLES
 
 TERMS = 50 if chaos.LONG else 2
@@ -179,7 +179,7 @@ def test_a_killed_script_leaves_no_process(data, bundle_copy, tmp_path):
 @pytest.mark.skipif(not chaos.LONG, reason="in the long form")
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_a_killed_launcher_leaves_no_rank(bundle, data, tmp_path):
-    small = chaos.FLAGS.get(bundle, ["--image-size", "96" if bundle == "PnasNet5Large" else "32"])
+    small = test_scripts.small(bundle)
     words = chaos.command("MnasNet", data, tmp_path, "--device-list", "0,1", "--epochs", "1000")
     words[2] = words[2].replace("MnasNet", bundle)
     words[3 : 3 + len(chaos.FLAGS["MnasNet"])] = small
