@@ -33,9 +33,9 @@ def _find_torch_resize():
             "bilinear": torch.ops.aten._upsample_bilinear2d_aa,
             "bicubic": torch.ops.aten._upsample_bicubic2d_aa,
         }
-        sample = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+        sample, out = (torch.zeros(1, 3, side, side, dtype=torch.uint8) for side in (4, 2))
         for function in functions.values():
-            function(sample, [2, 2], False, None, None)
+            function.out(sample, [2, 2], False, None, None, out=out)
         return functions
     except (AttributeError, RuntimeError):
         return {}
@@ -90,8 +90,13 @@ class EncodedImage:
             self._image = Image.open(io.BytesIO(data))
             self.width, self.height = self._image.size
 
+    _memory = np.empty(0, dtype=np.uint8)  # of all images: fresh memory costs a tenth of the decoding
+
     def rows(self, end):
-        """Return uint8 RGB pixels [rows, width, 3] as numpy; those below row `end` need not be there."""
+        """Return uint8 RGB pixels [rows, width, 3] as numpy; those below row `end` need not be there.
+
+        They are overwritten by the next image.
+        """
         if self._header is not None:
             try:
                 pixels = self._decode_jpeg(min(self.height, end + 2))
@@ -104,31 +109,37 @@ class EncodedImage:
 
     def _decode_jpeg(self, height):
         """Return the first `height` rows (two more than are needed give the last one its chroma context), or None."""
+        size = height * self.width * 3
+        if EncodedImage._memory.size < size:
+            EncodedImage._memory = np.empty(size, dtype=np.uint8)
+        pixels = EncodedImage._memory[:size].reshape(height, self.width, 3)
         if height == self.height:
-            return simplejpeg.decode_jpeg(self._data, "RGB", strict=True)
+            return simplejpeg.decode_jpeg(self._data, "RGB", buffer=pixels, strict=True)
         # libjpeg stops after the rows that the header promises, and warns of the rest of the file. So not strict: then
-        # damage shows as rows that nobody has written.
+        # damage shows as a last row that nobody has written.
         data, at = bytearray(self._data), self._header.height_at
         data[at], data[at + 1] = height >> 8, height & 255
-        pixels = np.zeros((height, self.width, 3), dtype=np.uint8)
+        pixels[-1] = 0
         pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=pixels, strict=False)
         return pixels if pixels[-1].any() else None
 
 
-def _resize(pixels, box, size, interpolation):
-    """Return the part `box` (top, left, height, width) of uint8 [H, W, 3] as numpy `pixels`, resized to `size`.
+def resize(pixels, box, out, interpolation):
+    """Write the part `box` (top, left, height, width) of uint8 [H, W, 3] as numpy `pixels` into `out`, at its size.
 
-    The result is a uint8 tensor [size[0], size[1], 3].
+    `out` is a contiguous uint8 tensor [height, width, 3].
     """
     top, left, height, width = box
     if interpolation not in _TORCH_RESIZE:
         corner_box = (left, top, left + width, top + height)
-        image = Image.fromarray(pixels).resize((size[1], size[0]), _PIL_FILTERS[interpolation], box=corner_box)
-        return torch.from_numpy(np.array(image))
+        size = out.shape[1], out.shape[0]
+        image = Image.fromarray(pixels).resize(size, _PIL_FILTERS[interpolation], box=corner_box)
+        out.copy_(torch.from_numpy(np.array(image)))
+        return
     # A sliced view costs the kernel 2.5 times as long as a copy of the slice.
-    part = np.ascontiguousarray(pixels[top : top + height, left : left + width])
-    image = torch.from_numpy(part).permute(2, 0, 1).unsqueeze(0)
-    return _TORCH_RESIZE[interpolation](image, list(size), False, None, None)[0].permute(1, 2, 0)
+    part = torch.from_numpy(np.ascontiguousarray(pixels[top : top + height, left : left + width]))
+    image, result = (tensor.permute(2, 0, 1).unsqueeze(0) for tensor in (part, out))
+    _TORCH_RESIZE[interpolation].out(image, list(out.shape[:2]), False, None, None, out=result)
 
 
 class RandomResizedCrop:
@@ -171,12 +182,11 @@ class RandomResizedCrop:
         interpolation = self.interpolation
         if interpolation == "random":
             interpolation = random.choice(("bilinear", "bicubic"))
-        result = _resize(image.rows(box[0] + box[2]), box, (self.size, self.size), interpolation)
+        resize(image.rows(box[0] + box[2]), box, out, interpolation)
         if flip:
-            result = result.flip(1)
+            out.copy_(out.flip(1))
         if self.augment is not None:
-            result = torch.from_numpy(np.array(self.augment(Image.fromarray(result.numpy()))))
-        out.copy_(result)
+            out.copy_(torch.from_numpy(np.array(self.augment(Image.fromarray(out.numpy())))))
 
 
 class CenterCrop:
@@ -192,6 +202,7 @@ class CenterCrop:
         shorter = min(image.height, image.width)
         height, width = (self.resize * side // shorter for side in (image.height, image.width))
         whole = (0, 0, image.height, image.width)
-        result = _resize(image.rows(image.height), whole, (height, width), self.interpolation)
+        result = torch.empty(height, width, 3, dtype=torch.uint8)
+        resize(image.rows(image.height), whole, result, self.interpolation)
         top, left = round((height - self.size) / 2), round((width - self.size) / 2)
         out.copy_(result[top : top + self.size, left : left + self.size])

@@ -76,7 +76,7 @@ def class_names(args, content):
     if isinstance(content.get("classes"), list):
         return content["classes"]
     if args.data:
-        return names_of_folders(os.path.join(args.data, "train"))
+        return names_of_folders(args.data, "train")
     return [str(number) for number in range(args.num_classes or 1000)]
 
 

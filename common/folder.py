@@ -1,25 +1,17 @@
-"""The images of a data set: DIR/train and DIR/val, with one sub-folder per class, in torchvision's order."""
+"""The images of a data set: DIR/train and DIR/val, with one sub-folder per class, or a packed copy of them."""
 
 import os
 import stat
 
 import numpy as np
 
+from common import scan
 from common.errors import UserError, printable
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 
-
-def class_names(folder):
-    """Return the sorted names of the sub-folders of `folder`.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    except OSError as error:
-        raise UserError("{}: {}".format(folder, error.strerror)) from None
+def pack_path(root, split, suffix=".pack"):
+    """Return the path of one of the two files of a packed DIR/train or DIR/val (see `common.pack`)."""
+    return os.path.join(root, split + suffix)
 
 
 class Images:
@@ -31,12 +23,9 @@ class Images:
     """
 
     def __init__(self, folder, names, targets):
-        """Take the `names` of the image files, relative to `folder`, and their `targets`."""
+        """Take the names of the image files, relative to `folder`, as `scan.join` returns them, and their `targets`."""
         self.folder, self.targets = folder, np.array(targets, dtype=np.int64)
-        names = [os.fsencode(name) for name in names]
-        # A list of a million strings would be copied into every worker, page by page, as its counts are touched.
-        self._names = np.frombuffer(b"".join(names), dtype=np.uint8)
-        self._ends = np.cumsum([len(name) for name in names])
+        self._names, self._ends = names
 
     def __len__(self):
         return len(self.targets)
@@ -63,57 +52,85 @@ class Images:
 
 
 class ImageFolder(Images):
-    """The images of DIR/train or DIR/val, one sub-folder per class, in torchvision's order.
+    """The images of DIR/train or DIR/val, in torchvision's order.
 
     Attributes:
         classes: sorted list of the class names of train/, also for val/.
+        index: the `common.scan.Index`, with the class names of this folder alone.
     """
 
     def __init__(self, root, split, classes=None):
-        """Scan the folder.
+        """Find the images.
 
         Args:
-            root: the folder that holds train/ and val/.
+            root: the folder that holds train/ and val/, or their packs.
             split: "train" or "val".
             classes: names that replace those of train/ (an evaluation where only val/ is at hand).
 
         Raises:
-            UserError: a folder is missing or empty, or val/ has a class that train/ does not know.
+            UserError: a folder is missing or empty, a pack is damaged, or val/ has a class that train/ does not know.
         """
         folder = os.path.join(root, split)
         check_folder(root, split)
-        found = class_names(folder)
-        self.classes = classes or (class_names(os.path.join(root, "train")) if split != "train" else found)
+        self._pack = _Pack(root, split) if os.path.isfile(pack_path(root, split)) else None
+        self.index = scan.find_images(folder) if self._pack is None else self._pack.index
+        self.classes = classes or (class_names(root, "train") if split != "train" else self.index.classes)
         known = {name: target for target, name in enumerate(self.classes)}
-        unknown = [name for name in found if name not in known]
+        unknown = [name for name in self.index.classes if name not in known]
         if unknown:
             raise UserError(
                 "{} has {} class folders that train/ does not know: {}".format(
                     folder, len(unknown), printable(", ".join(unknown[:5]))
                 )
             )
-        names, targets = [], []
-        for name in found:
-            inside = image_names(folder, name)
-            names += inside
-            targets += [known[name]] * len(inside)
-        if not names:
-            raise UserError("{} has no images ({})".format(folder, " ".join(EXTENSIONS)))
-        super().__init__(folder, names, targets)
+        if len(self.index.labels) == 0:
+            raise UserError("{} has no images ({})".format(folder, " ".join(scan.EXTENSIONS)))
+        targets = np.array([known[name] for name in self.index.classes])[self.index.labels]
+        super().__init__(folder, (self.index.names, self.index.ends), targets)
+
+    def read(self, index):
+        """Return the bytes of image `index`, as `Images` does, or from the pack."""
+        return super().read(index) if self._pack is None else self._pack.read(index)
 
 
-def image_names(root, inside=""):
-    """Return the sorted names, relative to `root`, of all image files below its sub-folder `inside`."""
-    names = []
-    for folder, _, files in sorted(os.walk(os.path.join(root, inside), followlinks=True)):
-        chosen = sorted(file for file in files if file.lower().endswith(EXTENSIONS))
-        place = os.path.normpath(os.path.join(inside, os.path.relpath(folder, os.path.join(root, inside))))
-        names += chosen if place == os.curdir else [os.path.join(place, file) for file in chosen]
-    return names
+class _Pack:
+    """The two files of a packed folder: the images' bytes one after another, and the index."""
+
+    def __init__(self, root, split):
+        path, index_path = pack_path(root, split), pack_path(root, split, ".index.npz")
+        try:
+            with np.load(index_path, allow_pickle=False) as content:
+                self.index, self._ends = scan.from_arrays(content), content["byte_ends"]
+            size = os.path.getsize(path)
+        except Exception as error:  # zipfile and numpy raise anything
+            raise UserError("{} cannot be read: {}: pack the data set again".format(index_path, error)) from None
+        if size != (self._ends[-1] if len(self._ends) else 0):
+            raise UserError("{} has {} bytes, its index says {}: copy it again".format(path, size, self._ends[-1]))
+        self._file = open(path, "rb", buffering=0)
+
+    def read(self, index):
+        start = int(self._ends[index - 1]) if index else 0
+        size = int(self._ends[index]) - start
+        data = os.pread(self._file.fileno(), size, start)  # no position, which the workers would share
+        if len(data) != size:
+            raise OSError("{} ends within image {}".format(self._file.name, index))
+        return data
 
 
 def _open_at_once(path, flags):
     return os.open(path, flags | os.O_NONBLOCK)  # a pipe with an image's name would make us wait for its writer
+
+
+def class_names(root, split):
+    """Return the sorted class names of DIR/`split`, a folder or packed; raises UserError where it cannot be read."""
+    if os.path.isfile(pack_path(root, split)):
+        return _Pack(root, split).index.classes
+    return scan.class_names(os.path.join(root, split))
+
+
+def has_split(root, split):
+    """Return whether DIR/`split` is there, as a folder or packed."""
+    return os.path.isdir(os.path.join(root, split)) or os.path.isfile(pack_path(root, split))
 
 
 def check_folder(root, *splits):
@@ -121,8 +138,9 @@ def check_folder(root, *splits):
     if not os.path.isdir(root):
         raise UserError("data set {} is not a folder".format(root))
     for split in splits:
-        folder = os.path.join(root, split)
-        if not os.path.isdir(folder):
+        if not has_split(root, split):
             raise UserError("data set {} has no {}/ folder".format(root, split))
-        if not class_names(folder):
-            raise UserError("{} has no class folders (one sub-folder of images per class)".format(folder))
+        if not class_names(root, split):
+            raise UserError(
+                "{} has no class folders (one sub-folder of images per class)".format(os.path.join(root, split))
+            )

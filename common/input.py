@@ -1,33 +1,21 @@
-"""Feeding the device: class folders, the order of samples, worker processes, batches on the device.
+"""Feeding the device: options, the order of samples, batches on the device.
 
-Workers write uint8 pixels into batches in shared memory; only the number of the batch travels back. The device takes
-the bytes and normalises them. The order of samples and every random draw are functions of (seed, epoch, position),
-never of workers or ranks.
+The device takes uint8 pixels and normalises them. The order of samples and every random draw are functions of (seed,
+epoch, position), never of workers or ranks.
 """
 
-import atexit
-import inspect
 import itertools
-import multiprocessing
 import os
-import random
-import signal
 import time
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
-from common import errors
+from common import errors, workers
 from common.checkpoint import AUTO
-from common.decode import EncodedImage
 from common.errors import UserError, printable
 from common.folder import ImageFolder as ImageFolder  # the bundles take it from here
-from common.folder import check_folder
-from common.ranks import STOP_SIGNALS, end_with_parent
-
-PADDING = -1  # target of a row that only fills up a batch
-UNREADABLE = -2  # target of a validation image that could not be decoded
+from common.folder import check_folder, has_split
 
 
 def import_torchvision():
@@ -82,7 +70,7 @@ def check_arguments(args):
 
 def classes_of(content, args):
     """Return the class names of a checkpoint where an evaluation has no train/ folder to take them from."""
-    if args.evaluate and content and not os.path.isdir(os.path.join(args.data, "train")):
+    if args.evaluate and content and not has_split(args.data, "train"):
         return content.get("classes")
     return None
 
@@ -109,76 +97,13 @@ def epoch_order(length, seed, epoch, repeats=1):
     return np.repeat(order, repeats)
 
 
-class _Batches:
-    """Sampler: this rank's batches of one epoch, as (slot, epoch, positions, indices)."""
+class _Requests:
+    """Sampler: what the workers are asked for; `items` changes with each epoch."""
 
-    def __init__(self, loader):
-        self.loader = loader
+    items = ()
 
     def __iter__(self):
-        loader = self.loader
-        for number, positions in enumerate(loader.rank_positions()):
-            yield number % loader.slots, loader.epoch, positions, loader.order[positions]
-
-
-class _BatchWriter(torch.utils.data.Dataset):
-    """Data set of whole batches: item (slot, epoch, positions, indices) is written into the shared batch `slot`."""
-
-    def __init__(self, images, transform, pixels, targets, seed, training, tries):
-        self.images, self.transform, self.pixels, self.targets = images, transform, pixels, targets
-        self.seed, self.training, self.tries = seed, training, tries
-
-    def __getitem__(self, request):
-        slot, epoch, positions, indices = request
-        bad = []
-        for row, (position, index) in enumerate(zip(positions.tolist(), indices.tolist())):
-            if self.training:
-                _seed_draws(self.seed, epoch, position)
-            self.targets[slot, row] = self._load(index, self.pixels[slot, row], bad)
-        self.targets[slot, len(indices) :] = PADDING
-        return slot, len(indices), bad
-
-    def _load(self, index, out, bad):
-        """Write image `index` into `out` and return its target; in training a bad one is replaced by the next."""
-        count = len(self.images)
-        # With more bad ones than are allowed the run ends; there is no need to look for a good one.
-        for candidate in range(index, index + min(count, self.tries)):
-            candidate %= count
-            try:
-                self.transform(EncodedImage(self.images.read(candidate)), out)
-                return int(self.images.targets[candidate])
-            except Exception as error:  # decoders raise anything; what it was is reported
-                bad.append((candidate, "{}: {}".format(type(error).__name__, error)))
-        out.zero_()
-        return UNREADABLE
-
-
-def _seed_draws(seed, epoch, position):
-    key = ((seed * 1000003 + epoch) << 40) + position
-    random.seed(key)
-    np.random.seed((key ^ key >> 32) % 2**32)
-    torch.default_generator.manual_seed(key % 2**63)
-
-
-def _start_worker(_):
-    end_with_parent()
-    for signum in STOP_SIGNALS:  # the rank decides when to end, and ends its workers
-        signal.signal(signum, signal.SIG_IGN)
-    torch.set_num_threads(1)
-
-
-def _end_workers():
-    # They ignore the SIGTERM by which multiprocessing would end them, and one that hangs must not hold us up.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report their end as an error
-    for worker in multiprocessing.active_children():
-        worker.kill()
-
-
-atexit.register(_end_workers)
-
-
-def _as_is(item):
-    return item
+        return iter(self.items)
 
 
 class Loader:
@@ -214,7 +139,6 @@ class Loader:
         self.batch_size = errors.batch_size = args.batch_size
         self.bad, self.unnamed, self._known_bad = set(), [], set()
         self._budget = args.max_bad_images * len(images)
-        self.epoch, self.start = 0, 0
         self.wait_seconds, self._workers_run = 0.0, False
         self.order = np.arange(len(images))
         if not training:
@@ -222,24 +146,22 @@ class Loader:
         self.steps = self.steps_from(0)
         if self.steps == 0:
             raise UserError("{} has {} images: too few for {} ranks".format(images.folder, len(images), self.world))
-        workers = default_workers(device) if args.workers is None else args.workers
-        prefetch = 2
-        self.slots = max(1, workers) * prefetch + 3  # in work, handed over, and two being copied to the device
-        shape = (self.slots, self.batch_size, transform.size, transform.size, 3)
-        _check_shared_memory(int(np.prod(shape)), workers)
+        processes = default_workers(device) if args.workers is None else args.workers
+        self._slots = workers.slots(processes)
+        shape = (self._slots, self.batch_size, transform.size, transform.size, 3)
+        workers.check_shared_memory(int(np.prod(shape)), processes)
         self._pixels = torch.zeros(shape, dtype=torch.uint8).share_memory_()
         self._targets = torch.zeros(shape[:2], dtype=torch.int64).share_memory_()
+        # One factor for each number of a row of pixels: processors multiply rows, not three channels, at full speed.
         scale = 1 / (255 * torch.tensor(std))
-        self._scale = scale.view(1, 3, 1, 1).to(device.torch_device)
-        self._shift = (-torch.tensor(mean) * 255 * scale).view(1, 3, 1, 1).to(device.torch_device)
-        options = {"num_workers": workers, "collate_fn": _as_is, "worker_init_fn": _start_worker}
-        if workers:
-            newer = {"prefetch_factor": prefetch, "persistent_workers": True}
-            known = inspect.signature(DataLoader.__init__).parameters
-            options.update((name, value) for name, value in newer.items() if name in known)
+        shift = -torch.tensor(mean) * 255 * scale
+        self._scale, self._shift = (values.repeat(transform.size).to(device.torch_device) for values in (scale, shift))
+        # A CPU has done with a batch when the next is asked for, so that its memory can be used again.
+        self._images = torch.empty(self.batch_size, *shape[2:]) if device.torch_device.type == "cpu" else None
         tries = int(self._budget) + 1 if training else 1
-        writer = _BatchWriter(images, transform, self._pixels, self._targets, self.seed, training, tries)
-        self._batches = DataLoader(writer, batch_size=None, sampler=_Batches(self), **options)
+        writer = workers.BatchWriter(images, transform, self._pixels, self._targets, self.seed, training, tries)
+        self._requests = _Requests()
+        self._batches = workers.start(writer, self._requests, processes)
 
     def __len__(self):
         return len(self.images)
@@ -254,24 +176,27 @@ class Loader:
         whole, rest = divmod(left, self.batch_size * self.world)
         return whole + (rest > 0 if not self.training else rest >= 2 * self.world)
 
-    def rank_positions(self):
-        """Yield this rank's positions in the epoch's order, numpy int64, batch by batch."""
+    def _requests_of(self, epoch, start):
+        """Yield (slot, epoch, positions, indices) of this rank's batches; positions in the epoch's order, of images."""
         total = self.batch_size * self.world
-        for step in range(self.steps_from(self.start)):
-            first = self.start + step * total
-            yield np.arange(first + self.device.ranks.rank, min(first + total, len(self.images)), self.world)
+        for number in range(self.steps_from(start)):
+            first = start + number * total
+            positions = np.arange(first + self.device.ranks.rank, min(first + total, len(self.images)), self.world)
+            yield number % self._slots, epoch, positions, self.order[positions]
 
     def batches(self, epoch=0, start=0):
         """Yield (images, targets) of `epoch`, beginning at sample `start` of its order.
 
+        On a CPU the images are overwritten by the next batch.
+
         Raises:
             UserError: more images were bad than `max_bad_images` allows.
         """
-        self.epoch, self.start = epoch, start
         if self.training:
             self.order = epoch_order(len(self.images), self.seed, epoch, self.repeats)[: len(self.images)]
         else:
             self.bad = set()
+        self._requests.items = self._requests_of(epoch, start)
         ranks = self.device.ranks
         # A fork is no place to be interrupted, and does not wait; workers that run already are waited for.
         are_running, self._workers_run = self._workers_run, True
@@ -283,15 +208,17 @@ class Loader:
             if ranks.agree(len(bad)):
                 self._note_bad(ranks.gather_on_host(bad))
             rows = count if self.training else self.batch_size
-            targets = self._targets[slot, :rows].to(self.device.torch_device, copy=True)  # the slot is written again
-            yield self._to_device(self._pixels[slot, :rows]), targets
+            targets = self.device.upload(self._targets[slot, :rows])
+            yield self._normalise(self._pixels[slot, :rows]), targets
 
-    def _to_device(self, pixels):
-        # uint8 crosses the bus; the permuted view is channels_last, which the device keeps where it likes it.
-        images = pixels.to(self.device.torch_device).permute(0, 3, 1, 2)
-        if not self.device.likes_channels_last:
-            images = images.contiguous()
-        return images.to(torch.float32).mul_(self._scale).add_(self._shift)
+    def _normalise(self, pixels):
+        if self._images is None:
+            images = self.device.upload(pixels).to(torch.float32)
+        else:
+            images = self._images[: len(pixels)].copy_(pixels)
+        images.flatten(2).mul_(self._scale).add_(self._shift)
+        images = images.permute(0, 3, 1, 2)  # channels_last, which the device keeps where it likes it
+        return images if self.device.likes_channels_last else images.contiguous()
 
     def _note_bad(self, bad_of_ranks):
         for index, reason in sorted(itertools.chain(*bad_of_ranks)):
@@ -338,15 +265,3 @@ class SyntheticLoader:
 def default_workers(device):
     """Return how many decoding processes a rank gets when nobody says: its share of the cores, 16 at the most."""
     return max(1, min(16, (os.cpu_count() or 1) // device.ranks.local_world_size))
-
-
-def _check_shared_memory(size, workers):
-    folder = "/dev/shm"
-    if workers and os.path.isdir(folder):
-        status = os.statvfs(folder)
-        free = status.f_bavail * status.f_frsize
-        if size > free:
-            raise UserError(
-                "batches in shared memory need {:.0f} MB, {} has {:.0f} MB free: fewer --workers, a smaller batch, "
-                "or a container with --ipc=host or --shm-size".format(size / 1e6, folder, free / 1e6)
-            )

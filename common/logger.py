@@ -16,6 +16,8 @@ import torch
 from common.device import describe_environment
 from common.errors import UserError, printable
 
+INPUT_BOUND = 0.25  # share of the time spent waiting for data from which the log says so
+JUDGED_STEPS = 20  # and after how many steps, since the workers may start slowly
 SKIPPED_STEPS = 5  # of a run, or its first half: memory pools, kernels and workers are still being set up
 
 
@@ -68,8 +70,9 @@ class Log:
             except OSError as error:
                 raise UserError("{}: {}".format(args.log_dir, error.strerror)) from None
         self._run_steps, self._skipped_steps = 0, None
-        self._timed_images = self._timed_seconds = self._timed_steps = 0
+        self._timed_images = self._timed_seconds = self._timed_steps = self._timed_wait = 0
         self._last_loss = self._best = None
+        self._said_input_bound = False
         self.last_checkpoint = None
 
     def line(self, text):
@@ -150,11 +153,19 @@ class Log:
         """Take the best accuracy of the run that is resumed."""
         self._best = state["best"]
 
-    def timed(self, images, seconds, steps):
-        """Add a stretch of training to the throughput of the run."""
+    def timed(self, images, seconds, steps, wait):
+        """Add a stretch of training to the throughput of the run; say once that it waits for its data too long."""
         self._timed_images += images
         self._timed_seconds += seconds
         self._timed_steps += steps
+        self._timed_wait += wait
+        share = self._timed_wait / self._timed_seconds
+        if share > INPUT_BOUND and self._timed_steps >= JUDGED_STEPS and not self._said_input_bound:
+            self._said_input_bound = True
+            self.line(
+                "[Warning] waiting for data takes {:.0f} % of the time: raise --workers, or pack the data set "
+                "(python -m common.pack --help)".format(100 * share)
+            )
 
     def finish(self):
         """Write the last lines: throughput over the run, and the result as JSON."""
@@ -266,8 +277,11 @@ class Epoch:
         self._losses, self._counts = [], None
         sums.update(loss=sum(losses), correct1=correct1, correct5=correct5, images=images, steps=steps, wait=wait)
         sums.update(seconds=seconds)
-        if log._run_steps > log._skipped_steps:
-            log.timed(images, seconds, steps)
+        if log._run_steps <= log._skipped_steps:
+            if device.compiles:
+                log.line("=> {} steps and their compilation took {:.1f} s, left out of FPS".format(steps, seconds))
+        else:
+            log.timed(images, seconds, steps, wait)
             sums.update(timed_images=images, timed_seconds=seconds)
         log._last_loss = losses[-1]
         self._check_finite(losses)

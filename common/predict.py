@@ -10,8 +10,9 @@ import torch
 from common import contact_sheet
 from common.deploy import save
 from common.errors import UserError, printable
-from common.folder import Images, image_names
+from common.folder import Images
 from common.input import import_torchvision
+from common.scan import image_names, join
 
 BEST = 5
 CSV = "predictions.csv"
@@ -31,7 +32,7 @@ def find_images(path):
         raise UserError("--predict: there is no {}".format(path))
     if not names:
         raise UserError("--predict: {} has no images".format(path))
-    return Images(path, names, range(len(names)))
+    return Images(path, join(names), range(len(names)))
 
 
 def run(args, loader, model, classes, log):

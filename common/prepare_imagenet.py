@@ -16,7 +16,7 @@ import zlib
 
 from common import errors
 from common.errors import UserError, printable
-from common.folder import EXTENSIONS
+from common.scan import EXTENSIONS
 
 SYNSET = re.compile(r"n\d{8}$")
 GROUND_TRUTH = os.path.join("data", "ILSVRC2012_validation_ground_truth.txt")

@@ -19,7 +19,9 @@ from common.decode import CenterCrop, EncodedImage, RandomResizedCrop
 from common.errors import UserError
 from common.folder import ImageFolder
 from common.ranks import Ranks
+from common.workers import UNREADABLE
 from tests import chaos
+from tests.test_input import collected
 
 MUTATIONS = 2000
 SIDE = 32
@@ -191,7 +193,9 @@ def loader(images, training, workers=2, batch=4, share=1.0, rank=0, world=1):
     ranks = Ranks()
     ranks.agree = lambda number=0: number
     ranks.rank, ranks.world_size, ranks.local_world_size = rank, world, world
-    device = types.SimpleNamespace(torch_device=torch.device("cpu"), ranks=ranks, likes_channels_last=True)
+    device = types.SimpleNamespace(
+        torch_device=torch.device("cpu"), ranks=ranks, likes_channels_last=True, upload=torch.Tensor.clone
+    )
     args = types.SimpleNamespace(batch_size=batch, workers=workers, seed=3, max_bad_images=share)
     transform = RandomResizedCrop(SIDE) if training else CenterCrop(SIDE, 36)
     return input.Loader(device, images, transform, args, (0.5,) * 3, (0.25,) * 3, training=training)
@@ -239,7 +243,7 @@ def test_evaluation_counts_what_it_cannot_read(odd_set):
     for _ in range(2):
         targets = torch.cat([targets for _, targets in item.batches()])
         assert item.bad == expected
-        assert (targets == input.UNREADABLE).sum().item() == len(expected)
+        assert (targets == UNREADABLE).sum().item() == len(expected)
         assert (targets >= 0).sum().item() == len(images) - len(expected)
     names = [name for name, _ in item.unnamed]
     assert sorted(names) == sorted(images.path(index) for index in expected)  # once each
@@ -255,7 +259,7 @@ def test_training_replaces_deterministically(odd_set):
     results = []
     for workers in (0, 2):
         item = loader(images, True, workers)
-        batches = list(item.batches(epoch=1))
+        batches = collected(item.batches(epoch=1))
         results.append((torch.cat([pixels for pixels, _ in batches]), item.bad, [name for name, _ in item.unnamed]))
         assert all((targets >= 0).all() for _, targets in batches)
     assert torch.equal(results[0][0], results[1][0])

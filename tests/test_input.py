@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from common.decode import CenterCrop, EncodedImage, JpegHeader, RandomResizedCrop
-from common.input import PADDING, ImageFolder, Loader, epoch_order, import_torchvision_transforms
+from common.input import ImageFolder, Loader, epoch_order, import_torchvision_transforms
 from common.ranks import Ranks
+from common.workers import PADDING
 
 transforms = import_torchvision_transforms()
 
@@ -117,7 +118,9 @@ def processor(rank=0, world_size=1):
     ranks = Ranks()
     ranks.agree = lambda number=0: number  # the other ranks are not there
     ranks.rank, ranks.world_size, ranks.local_world_size = rank, world_size, world_size
-    return types.SimpleNamespace(torch_device=torch.device("cpu"), ranks=ranks, likes_channels_last=True)
+    return types.SimpleNamespace(
+        torch_device=torch.device("cpu"), ranks=ranks, likes_channels_last=True, upload=torch.Tensor.clone
+    )
 
 
 def loader(folder, training, rank=0, world_size=1, batch_size=7, workers=0):
@@ -126,6 +129,11 @@ def loader(folder, training, rank=0, world_size=1, batch_size=7, workers=0):
     crop = RandomResizedCrop(32) if training else CenterCrop(32, 36)
     images = ImageFolder(str(folder), "train" if training else "val")
     return Loader(processor(rank, world_size), images, crop, args, (0.5,) * 3, (0.25,) * 3, training=training)
+
+
+def collected(batches):
+    """Return the list of `batches`, each with images of its own."""
+    return [(images.clone(), targets) for images, targets in batches]
 
 
 def test_the_folder_is_torchvisions(few_digits):
@@ -138,15 +146,15 @@ def test_the_folder_is_torchvisions(few_digits):
 
 
 def test_workers_change_nothing(few_digits):
-    alone, three = (list(loader(few_digits, True, workers=workers).batches(epoch=1)) for workers in (0, 3))
+    alone, three = (collected(loader(few_digits, True, workers=workers).batches(epoch=1)) for workers in (0, 3))
     assert len(alone) == len(three) == 12  # 80 images in batches of 7: the last has 3
     for (images, targets), (other_images, other_targets) in zip(alone, three):
         assert torch.equal(images, other_images) and torch.equal(targets, other_targets)
 
 
 def test_ranks_share_an_epoch_and_draw_the_same_crops(few_digits):
-    (whole,) = [torch.cat([images for images, _ in loader(few_digits, True, batch_size=8).batches(epoch=3)])]
-    parts = [list(loader(few_digits, True, rank, 4, batch_size=2).batches(epoch=3)) for rank in range(4)]
+    (whole,) = [torch.cat([images for images, _ in collected(loader(few_digits, True, batch_size=8).batches(epoch=3))])]
+    parts = [collected(loader(few_digits, True, rank, 4, batch_size=2).batches(epoch=3)) for rank in range(4)]
     for step in range(10):
         together = torch.stack([parts[rank][step][0] for rank in range(4)], dim=1).flatten(0, 1)
         assert torch.equal(together, whole[step * 8 : step * 8 + 8])

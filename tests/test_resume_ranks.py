@@ -27,7 +27,9 @@ def loader(data, rank, world):
     ranks = Ranks()
     ranks.agree = lambda number=0: number
     ranks.rank, ranks.world_size, ranks.local_world_size = rank, world, world
-    device = types.SimpleNamespace(torch_device=torch.device("cpu"), ranks=ranks, likes_channels_last=True)
+    device = types.SimpleNamespace(
+        torch_device=torch.device("cpu"), ranks=ranks, likes_channels_last=True, upload=torch.Tensor.clone
+    )
     args = types.SimpleNamespace(batch_size=2, workers=0, seed=1, max_bad_images=0)
     images = ImageFolder(data, "train")
     return input.Loader(device, images, RandomResizedCrop(8), args, (0.5,) * 3, (0.5,) * 3, training=True)

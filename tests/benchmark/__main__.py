@@ -1,0 +1,36 @@
+"""Print the tables of all comparisons, or of those that are named."""
+
+import argparse
+import importlib
+
+from common import input
+from tests.benchmark import measure
+
+COMPARISONS = {
+    "loader": "images/s of the loaders",
+    "step": "images/s of a training step, five networks",
+    "script": "FPS of train_performance_1p.sh against a bare loop",
+    "start": "seconds to the first step with 100,000 files",
+    "evaluate": "images/s of an evaluation",
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmark", description=__doc__)
+    text = "; ".join("{}: {}".format(*item) for item in COMPARISONS.items())
+    parser.add_argument("names", nargs="*", help=text + ". step.MnasNet is one network of `step`")
+    parser.add_argument("--compile", action="store_true", help="`step` also times torch.compile of the others")
+    args = parser.parse_args()
+    input.import_torchvision()
+    print(measure.machine(), flush=True)
+    for name in args.names or COMPARISONS:
+        comparison, _, network = name.partition(".")
+        module = importlib.import_module("tests.benchmark." + comparison)
+        details = [network] * bool(network)
+        options = {"compiled": True} if args.compile and comparison == "step" else {}
+        print("\n`python -m tests.benchmark {}{}`\n".format(name, " --compile" * bool(options)), flush=True)
+        module.run(*details, **options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Images/s of an evaluation: ours against timm's validate.py with its defaults, same folder, network and weights."""
+
+import os
+import tempfile
+import types
+
+import timm
+import timm.data
+import torch
+
+from common import device, safe_load
+from tests.benchmark import data, measure
+from tests.bundles import imported
+
+IMAGES, BATCH, WORKERS = 256, 64, 2
+
+
+def ours(folder, weights):
+    """Return (a function that measures Acc@1 as main.py does, its Acc@1 as a list)."""
+    with imported("SPNASNet_100", "main") as main:
+        options = ["--data", folder, "--evaluate", "--device", "cpu", "--workers", str(WORKERS)]
+        args = main.parse_args(options + ["--batch-size", str(BATCH), "--pretrained", weights])
+        card = device.Device(args)
+        _, loader = main.build_loaders(args, card, None)
+        model = main.build_model(
+            args, 1000, safe_load.read(weights), card, types.SimpleNamespace(line=lambda text: None)
+        )
+        log = types.SimpleNamespace(evaluation=lambda epoch, loader, counts: (100 * counts[0].item() / len(loader),))
+        accuracies = []
+        return lambda: accuracies.append(main.evaluate(loader, model, card, log, 0)), accuracies
+
+
+def timms(folder, weights):
+    """Return the loop of timm's validate.py, which its package lacks, and its Acc@1 as a list."""
+    model = timm.create_model("spnasnet_100").eval()
+    model.load_state_dict(torch.load(weights))
+    loader = timm.data.create_loader(
+        timm.data.create_dataset("", folder + "/val"),
+        input_size=(3, 224, 224),
+        batch_size=BATCH,
+        num_workers=WORKERS,
+        interpolation="bilinear",
+        crop_pct=0.875,
+        device=torch.device("cpu"),
+        persistent_workers=True,
+    )
+    accuracies = []
+
+    def measure_accuracy():
+        correct = count = 0
+        with torch.inference_mode():
+            for images, targets in loader:
+                logits = model(images)
+                torch.nn.functional.cross_entropy(logits, targets)
+                correct += timm.utils.accuracy(logits, targets, topk=(1, 5))[0].item() * len(targets)
+                count += len(targets)
+        accuracies.append(correct / count)
+
+    return measure_accuracy, accuracies
+
+
+def run(rounds=5):
+    """Print the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        data.write(folder, "train", 8, 8, files=8)
+        data.write(folder, "val", 8, IMAGES)
+        weights = os.path.join(folder, "weights.pth")
+        torch.manual_seed(0)
+        torch.save(timm.create_model("spnasnet_100").state_dict(), weights)
+        (our_form, our_results), (their_form, their_results) = ours(folder, weights), timms(folder, weights)
+        seconds = measure.in_turns({"ours": our_form, "timm's validate": their_form}, rounds)
+    print(
+        measure.table(
+            ["SPNASNet_100, evaluation", "images/s", "ours is faster by"], measure.rates(seconds, IMAGES, "ours")
+        )
+    )
+    print("\nAcc@1 {:.3f} and {:.3f}".format(our_results[-1], their_results[-1]))
