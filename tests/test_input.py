@@ -2,6 +2,7 @@
 
 import io
 import random
+import sys
 import types
 
 import numpy as np
@@ -9,10 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
+from common import device
 from common.decode import CenterCrop, EncodedImage, JpegHeader, RandomResizedCrop
+from common.errors import UserError
 from common.input import ImageFolder, Loader, epoch_order, import_torchvision_transforms
 from common.ranks import Ranks
 from common.workers import PADDING
+from tests.bundles import ROOT
+from tests.conftest import run
 
 transforms = import_torchvision_transforms()
 
@@ -180,3 +185,22 @@ def test_normalisation(few_digits):
     expected = (out.permute(2, 0, 1) / 255.0 - 0.5) / 0.25
     assert torch.allclose(images[0], expected, atol=1e-6)
     assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_more_workers_than_cores_are_no_news(few_digits):
+    code = """
+import sys
+sys.argv = ["test"]
+from tests.test_input import loader
+for _ in loader({!r}, True, workers=5).batches():
+    pass
+"""
+    process = run([sys.executable, "-c", code.format(str(few_digits))], cwd=ROOT)
+    assert process.returncode == 0 and process.stderr == ""
+
+
+@pytest.mark.parametrize("kind, why", [("npu", "is for CUDA and CPU"), ("cpu", "needs a C")])
+def test_compiling_where_it_cannot_work_is_refused(kind, why, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="--compile.*" + why):
+        device._check_compiler(kind)

@@ -5,6 +5,8 @@ import types
 import torch
 
 from common.device import Precision
+from common.logger import Log
+from common.ranks import Ranks
 
 
 def float16_precision():
@@ -30,3 +32,16 @@ def test_skipped_steps_are_counted_also_after_a_resume():
     resumed.step(weight.sum(), optimizer)
     assert resumed.skipped == 3
     torch.testing.assert_close(weight.data, torch.tensor([0.7, 0.7]))
+
+
+def test_a_run_that_waits_for_its_data_says_so_once(capsys):
+    log = Log(types.SimpleNamespace(ranks=Ranks()), types.SimpleNamespace(print_freq=1, log_dir=None), "Network")
+    log.timed(images=160, seconds=10.0, steps=10, wait=8.0)
+    assert "waiting for data" not in capsys.readouterr().out  # too early to tell
+    for _ in range(3):
+        log.timed(images=160, seconds=10.0, steps=10, wait=4.0)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "waiting for data" in line]
+    assert "takes 60 % of the time: raise --workers, or pack the data set" in line
+    quiet = Log(log.device, types.SimpleNamespace(print_freq=1, log_dir=None), "Network")
+    quiet.timed(images=160, seconds=10.0, steps=100, wait=2.4)
+    assert "waiting" not in capsys.readouterr().out
