@@ -2,6 +2,8 @@
 
 import argparse
 import importlib
+import os
+import sys
 
 from common import input
 from tests.benchmark import measure
@@ -22,6 +24,7 @@ def main():
     parser.add_argument("--compile", action="store_true", help="`step` also times torch.compile of the others")
     args = parser.parse_args()
     input.import_torchvision()
+    os.environ["PYTHON"] = sys.executable  # for the scripts
     print(measure.machine(), flush=True)
     for name in args.names or COMPARISONS:
         comparison, _, network = name.partition(".")

@@ -1,6 +1,7 @@
 """Training steps on the CPU: ours, and torchvision's or timm's network of the same name in its usual forms."""
 
 import contextlib
+import copy
 
 import timm
 import torch
@@ -66,7 +67,7 @@ def build(owner, bundle, stock):
     if owner == "torchvision":
         zoo = input.import_torchvision().models
         return zoo.mnasnet1_0 if bundle == "MnasNet" else zoo.shufflenet_v2_x1_0
-    return lambda: stock
+    return lambda: copy.deepcopy(stock)
 
 
 def run(bundle=None, compiled=False):
