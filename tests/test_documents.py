@@ -25,7 +25,8 @@ SECTIONS = {
 # Flags of other programs, and of our own tools.
 OTHERS = """
     --framework --model --output --input_format --input_shape --soc_version --nnodes --nproc_per_node --node_rank
-    --master_addr --index-url --ipc --shm-size --check --fix --link --dry-run --help --compare --plot --format --size --quality
+    --master_addr --index-url --ipc --shm-size --check --fix --link --dry-run --help --compare --plot --format
+    --size --quality
 """
 
 
