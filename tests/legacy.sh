@@ -30,7 +30,7 @@ make_environment() { # version of torch, interpreter, arguments of pip install
 
 versions='1.5=3.7 1.8=3.8'
 [ -z "${LONG:-}" ] || versions+=' 2.1=3.10'
-LEGACY='' missing=''
+LEGACY='' missing='' environments=()
 for pair in $versions; do
     torch=${pair%=*} wanted=${pair#*=}
     interpreter=$(find_python "$wanted")
@@ -41,14 +41,14 @@ for pair in $versions; do
     fi
     LEGACY+="$torch=$PWD/.legacy/$torch/bin/python "
     case $torch in
-    2.1) set -- torch==2.1.0 torchvision==0.16.0 'numpy<2' pillow simplejpeg safetensors timm==1.0.31 ;;
-    *) set -- -r "SPACH-SMLP/${torch}_requirements.txt" ;; # of the five the one with the most in it
+    2.1) packages=(torch==2.1.0 torchvision==0.16.0 'numpy<2' pillow simplejpeg safetensors timm==1.0.31) ;;
+    *) packages=(-r "SPACH-SMLP/${torch}_requirements.txt") ;; # of the five the one with the most in it
     esac
-    make_environment "$torch" "$interpreter" "$@" &
+    make_environment "$torch" "$interpreter" "${packages[@]}" &
     environments+=($!)
 done
 for pid in "${environments[@]}"; do wait "$pid"; done
-export LEGACY
+export LEGACY OMP_NUM_THREADS=1 # two at a time
 [ -z "$LEGACY" ] || find . -mindepth 2 -maxdepth 2 -name main.py -printf '%h\n' | cut -c3- |
     xargs -P 2 -I{} "$python" -m pytest -q -p no:cacheprovider -k {} "$@" tests/legacy/test_legacy.py
 [ -z "$missing" ] || exit 3

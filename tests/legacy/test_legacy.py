@@ -18,6 +18,8 @@ PYTHONS = dict(OLD, newest=sys.executable)
 STAND_INS = ROOT / "tests" / "legacy" / "stand_ins"
 PAIRS = list(itertools.permutations(PYTHONS, 2))
 RESUMED = BUNDLES if LONG else ["MnasNet", "SPACH-SMLP"]  # SGD, AdamW
+# torch 1.8 takes seconds for a step of PNASNet's thousand small convolutions.
+TRAINED = [(b, v) for b in BUNDLES for v in OLD if LONG or (b, v) != ("PnasNet5Large", "1.8")]
 TRAINING = ["--batch_size=8", "--workers=1", "--learning_rate=0.001"]
 
 
@@ -29,12 +31,12 @@ def run_legacy(version, bundle, name, *options, **environment):
 
 @pytest.fixture(scope="module")
 def logits(tmp_path_factory):
-    """A function that returns a bundle's logits by dtype, as a version of torch computes them."""
+    """A function that returns a bundle's logits as a version of torch computes them."""
     folder, found = tmp_path_factory.mktemp("logits"), {}
 
     def compute(version, bundle):
         if (version, bundle) not in found:
-            path = folder / "{}-{}.npz".format(bundle, version)
+            path = folder / "{}-{}.npy".format(bundle, version)
             size = (331 if bundle == "PnasNet5Large" else 224) if LONG else 64
             command = [PYTHONS[version], ROOT / "tests" / "legacy" / "logits.py", bundle, size, path]
             process = run(command, cwd=ROOT, PYTHONPATH=str(ROOT))
@@ -48,14 +50,11 @@ def logits(tmp_path_factory):
 @pytest.mark.parametrize("version", OLD)
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_logits(bundle, version, logits):
-    here, newest = logits(version, bundle), logits("newest", bundle)
-    assert np.abs(here["float64"] - newest["float64"]).max() < 1e-5
-    largest = np.abs(newest["float32"]).max()
-    assert np.abs(here["float32"] - newest["float32"]).max() < 1e-5 * largest
+    newest = logits("newest", bundle)
+    assert np.abs(logits(version, bundle) - newest).max() < 1e-5 * np.abs(newest).max()
 
 
-@pytest.mark.parametrize("version", OLD)
-@pytest.mark.parametrize("bundle", BUNDLES)
+@pytest.mark.parametrize("bundle, version", TRAINED)
 def test_performance(bundle, version, bundle_copy):
     folder = bundle_copy(bundle)
     run_legacy(version, folder, "performance_1p", "--max_steps=2", "--batch_size=2", "--lr=1e-3", *small(bundle))
@@ -80,8 +79,7 @@ def trained(few_digits, tmp_path_factory):
     return train
 
 
-@pytest.mark.parametrize("version", OLD)
-@pytest.mark.parametrize("bundle", BUNDLES)
+@pytest.mark.parametrize("bundle, version", TRAINED)
 def test_training_on_two_ranks(bundle, version, trained):
     folder = trained(version, bundle)
     perf, acc = result_file(folder, "perf"), result_file(folder, "acc")
