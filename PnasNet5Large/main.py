@@ -80,7 +80,7 @@ def build_parser():
 # Copied from MnasNet/main.py:parse_args
 def parse_args(argv=None):
     """Return the options of the command line, or of the list `argv`."""
-    return build_parser().parse_args(argv)
+    return arguments.parse(build_parser(), argv)
 
 
 # Copied from MnasNet/main.py:val_crop
@@ -177,7 +177,7 @@ def evaluate(loader, model, card, log, epoch):
     model.eval()
     counts = torch.zeros(3, dtype=torch.int64, device=card.torch_device)
     with torch.no_grad():
-        for images, targets in loader.batches():
+        for images, targets in log.batches(loader):
             counts += logger.count_correct(model(images), targets)
     return log.evaluation(epoch, loader, card.ranks.sum(counts))[0]
 

@@ -8,7 +8,6 @@ import io
 import os
 import signal
 import tempfile
-import time
 
 import torch
 
@@ -261,12 +260,8 @@ class Checkpoints:
     def _keep_aside(self, *names):
         """Rename files of another run before the first of ours takes their place."""
         for name in names:
-            path = self._path(name)
-            if name not in self._own and os.path.lexists(path):
-                kept = "{}.prev-{}".format(path, time.strftime("%Y%m%d-%H%M%S"))
-                while os.path.lexists(kept):
-                    kept += "x"
-                os.rename(path, kept)
+            kept = None if name in self._own else files.keep_aside(self._path(name))
+            if kept:
                 self._log.line("{} of an earlier run is kept as {}".format(name, os.path.basename(kept)))
             self._own.add(name)
 

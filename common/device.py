@@ -101,7 +101,7 @@ class Device:
             UserError: the card does not exist, or the ranks cannot meet.
         """
         self.type = choose_type(args.device)
-        self.remarks = _fit_to_cpu(args) if self.type == "cpu" else []
+        self.remarks = fit_to_cpu(args) if self.type == "cpu" else []
         self.ranks = Ranks()
         self.seed, self._memory_format = args.seed, args.memory_format
         self._stock_convolutions = args.stock_convolutions
@@ -275,7 +275,7 @@ def _check_compiler(kind):
     return True
 
 
-def _fit_to_cpu(args):
+def fit_to_cpu(args):
     """Take the batch and the number of steps that the recipe has for a laptop; return lines that say so."""
     remarks = []
     for name in ("batch_size", "max_steps"):

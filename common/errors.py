@@ -35,7 +35,8 @@ def say(text):
     """Print one line on standard error, naming the rank where there are several."""
     rank = os.environ.get("RANK")
     where = " rank {}:".format(rank) if rank is not None and os.environ.get("WORLD_SIZE") != "1" else ""
-    print("[Error]{} {}".format(where, printable(text)), file=sys.stderr, flush=True)
+    over_live_line = "\r\033[K" if sys.stderr.isatty() else ""
+    print("{}[Error]{} {}".format(over_live_line, where, printable(text)), file=sys.stderr, flush=True)
 
 
 def run(main):

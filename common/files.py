@@ -18,6 +18,23 @@ def remove(path):
         os.remove(path)
 
 
+def find(folder, *patterns):
+    """Return the paths of the files in `folder` whose names fit one of `patterns`, sorted."""
+    found = {path for pattern in patterns for path in glob.glob(os.path.join(glob.escape(folder), pattern))}
+    return sorted(path for path in found if os.path.isfile(path))
+
+
+def keep_aside(path):
+    """Rename what is at `path`, if anything, to <path>.prev-<time>, and return its new name, else None."""
+    if not os.path.lexists(path):
+        return None
+    kept = "{}.prev-{}".format(path, time.strftime("%Y%m%d-%H%M%S"))
+    while os.path.lexists(kept):
+        kept += "x"
+    os.rename(path, kept)
+    return kept
+
+
 def sync(path):
     """Wait until the file or folder `path` is on the disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -30,11 +30,44 @@ main_flags() { # the flags of main.py, read from the source: importing torch to 
 script_options="--data_path= --device_id= --batch_size= --epochs= --learning_rate= --workers= --resume= --max_steps= \
 --device=npu|gpu|cpu --rank_size= --output_dir= --dry-run --help"
 
+recipe=()
+for ((i = 1; i <= $#; i++)); do [ "${!i}" != -- ] || recipe=("${@:i+1}"); done
+of_recipe() { # flag: its value in the recipe
+    for ((i = 0; i < ${#recipe[@]}; i++)); do
+        [ "${recipe[i]}" != "$1" ] || { printf '%s' "${recipe[i + 1]}" && return; }
+    done
+    printf 'that of main.py'
+}
+
 usage() {
     printf 'usage: bash %s [option ...]\n\n' "$script"
     sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$script"
-    printf '\noptions of the script:\n  %s\n' "$script_options"
-    printf 'flags of main.py (explained by python3 main.py --help), which win over the recipe:\n'
+    cat <<END
+
+data and cards:
+  --data_path=DIR       folder with train/ and val/ ($([ "$mode" = performance ] && echo "default: synthetic images" || echo needed))
+  --device=npu|gpu|cpu  default: an NPU if there is one, else CUDA, else the CPU
+  --device_id=N         card of a 1p run, and name of its output folder (default: $device_id)
+  --rank_size=N         number of cards (default: $rank_size)
+  --workers=N           decoding processes per card (default: the cores, shared)
+recipe:
+  --batch_size=N        per card (default: $(of_recipe --batch-size))
+  --epochs=N            default: $(of_recipe --epochs)
+  --max_steps=N         end after N steps (default: $(of_recipe --max-steps))
+  --learning_rate=X     default: $(of_recipe --lr)
+checkpoints:
+  --resume=FILE         full: go on from it; eval, finetune: the weights (default: the newest model_best.pth.tar)
+  --output_dir=DIR      where they go (default: as main.py says)
+this script:
+  --dry-run             print command, environment and recipe, and do nothing
+  --help                print this
+
+example:
+  bash $script $([ "$mode" = performance ] || echo "--data_path=/data/imagenet ")--device_id=1 --workers=16 --print-freq 50
+
+flags of the recipe: ${recipe[*]}
+flags of main.py, which may follow and win over the recipe (explained by python3 main.py --help):
+END
     main_flags | tr '\n' ' ' | fold -s -w 100 | sed 's/^/  /'
     printf '\n'
 }
@@ -146,20 +179,33 @@ if [ "$rank_size" -gt 1 ]; then
 else
     ranks=(--device-list "$device_id")
 fi
+environment=$(env | sort)
 # shellcheck source=common/npu_env.sh
 source "$common/npu_env.sh"
 command=("$python" -u "$bundle/main.py" "$@" --log-dir "$output" --log-id "$device_id" "${ranks[@]}" "${user[@]}")
 if [ -n "$dry_run" ]; then
-    printf '%q ' "${command[@]}"
-    printf '\n'
-    exit 0
+    printf 'command:\n  %s\n' "$(printf '%q ' "${command[@]}")"
+    printf 'environment:\n'
+    comm -13 <(printf '%s\n' "$environment") <(env | sort) | grep '' | sed 's/^/  /' || echo '  as it is'
+    printf 'recipe on this machine:\n'
+    exec "${command[@]}" --dry-run
 fi
 
-# --- run: everything goes to the screen and to nohup.out; a signal goes to the ranks, which save and end
-exec 4> >(
-    trap '' HUP INT TERM # the ranks' last words come after the signal
-    exec tee "$output/nohup.out"
-)
+# --- run: everything goes to nohup.out, and to the screen; a signal goes to the ranks, which save and end
+keep_alive() { # command: it ends after the ranks, also when a signal comes
+    trap '' HUP INT TERM
+    exec "$@"
+}
+: >"$output/nohup.out"
+LIVE_TERMINAL=''
+if [ -t 1 ] && { LIVE_TERMINAL=$(tty <&3); } 3>&1 && [ -w "$LIVE_TERMINAL" ] && [ "${TERM:-dumb}" != dumb ]; then
+    export LIVE_TERMINAL # rank 0 writes its lines there, and one live line in place of those of the progress
+    # shellcheck disable=SC2094 # nothing reads nohup.out
+    exec 4>>"$output/nohup.out" 5> >(keep_alive tee -a "$output/nohup.out" > >(keep_alive sed -u $'s/^/\r\e[K/' >&2))
+else
+    exec 4> >(keep_alive tee -a "$output/nohup.out")
+    exec 5>&4
+fi
 tee_pid=$!
 pid='' signal=0
 stop() { # exit status
@@ -169,7 +215,7 @@ stop() { # exit status
 trap 'stop 143' TERM
 trap 'stop 130' INT
 trap 'stop 129' HUP
-STARTED_BY_SCRIPT=1 "${command[@]}" >&4 2>&1 &
+STARTED_BY_SCRIPT=1 "${command[@]}" >&4 2>&5 &
 pid=$!
 [ "$signal" = 0 ] || stop "$signal" # it came before there was a pid
 status=0
@@ -178,12 +224,14 @@ while kill -0 "$pid" 2>/dev/null; do # a trapped signal ends `wait` early
     status=0
     wait "$pid" || status=$?
 done
-exec 4>&-
+exec 4>&- 5>&-
 wait "$tee_pid" 2>/dev/null || true
 [ "$signal" = 0 ] || status=$signal
 if [ "$status" != 0 ]; then
-    printf '%s ended with status %s; the end of %s:\n' "$name" "$status" "$output/nohup.out" >&2
+    [ -z "$LIVE_TERMINAL" ] || printf '\n' >&2 # below what is left of the live line
     tail -n 5 "$output/nohup.out" >&2
+    printf '%s ended with status %s; all it said is in %s\n' "$name" "$status" "$output/nohup.out" |
+        tee -a "$output/nohup.out" >&2
     exit "$status"
 fi
 PYTHONPATH=$common/.. "$python" -m common.parse_log "$output" --mode "$mode"

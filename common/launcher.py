@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-from common.errors import UserError
+from common.errors import UserError, say
 from common.ranks import STOP_SIGNALS, are_started, end_with_script, is_ignored
 
 DEFAULT_PORT = 29688  # of several nodes; one node takes a free port, so that two jobs never collide
@@ -222,4 +222,4 @@ def _report(code, rank, elastic):
         who = "the elastic launcher" if elastic else "rank {}".format(rank)
         hints = {signal.SIGKILL: " (out of memory? see dmesg)", signal.SIGBUS: " (is /dev/shm full?)"}
         hint = hints.get(-code, "")
-        print("[Error] {} was killed by {}{}; ending the job".format(who, name, hint), file=sys.stderr, flush=True)
+        say("{} was killed by {}{}; ending the job".format(who, name, hint))

@@ -1,48 +1,23 @@
-"""The one reader of log lines: turns a finished run's log into the result files of ModelZoo.
+"""The results tool: a table of runs, two runs side by side, their curves; and the result files of a finished run.
 
-    python -m common.parse_log FOLDER --mode full|performance|eval|finetune
+    python -m common.parse_log                                    all runs of all bundles
+    python -m common.parse_log MnasNet --format markdown          those of one bundle; also text, csv, json
+    python -m common.parse_log --compare MnasNet/test/output/0 MnasNet/test/output/0.prev-20260101-120000
+    python -m common.parse_log MnasNet SPACH-SMLP --plot curves.png
 
-writes <Network>_bs<batch>_<n>p_perf.log, ..._acc.log and train_<case>_loss.txt into the folder and prints the three
-`Final` lines. A log without an end is no result: exit status 1, no file.
+A PATH is the output folder of a run, or a folder above such folders. Logs of the old ModelZoo scripts are read too.
 """
 
 import argparse
-import glob
-import json
 import os
+import signal
 import sys
 
+from common import curves, errors, results, tables
+from common.errors import UserError
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 KINDS = {"full": ("perf", "acc"), "performance": ("perf",), "eval": ("acc",), "finetune": ("perf", "acc")}
-
-
-class IncompleteLog(Exception):
-    """The log does not hold what a result needs; the text says what is missing."""
-
-
-def parse(path):
-    """Return (facts, result): what ran and what came out, two dicts, of the log file `path`.
-
-    Raises:
-        IncompleteLog: the run did not reach its end.
-        OSError: the file cannot be read.
-    """
-    found = {}
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            for kind in ("run", "result"):
-                if line.startswith("=> {} ".format(kind)):
-                    found[kind] = json.loads(line[len(kind) + 4 :])
-    for kind in ("run", "result"):
-        if kind not in found:
-            raise IncompleteLog("{}: no '=> {}' line, the run did not reach it".format(path, kind))
-    return found["run"], found["result"]
-
-
-def losses(path):
-    """Return every step's loss of the metrics file `path`, in order."""
-    with open(path, encoding="utf-8") as file:
-        records = [json.loads(line) for line in file]
-    return [loss for record in records if record["kind"] == "train" for loss in record["losses"]]
 
 
 def result_lines(facts, result, case):
@@ -72,26 +47,26 @@ def result_lines(facts, result, case):
 
 
 def write_results(folder, mode):
-    """Write the result files of the run in `folder` and return the lines for the screen.
+    """Write ModelZoo's result files of the run in `folder`, and return the lines for the screen.
 
     Raises:
-        IncompleteLog: the log has no end, or not what the mode needs.
+        UserError: the run has no end, or not what the mode needs.
     """
-    logs = sorted(glob.glob(os.path.join(glob.escape(folder), "train_*.log")))
-    if len(logs) != 1:
-        raise IncompleteLog("{}: {} files train_<id>.log, not one".format(folder, len(logs)))
-    facts, result = parse(logs[0])
-    files = {}
+    run = results.read(folder)
+    facts, result = run.facts, run.result
+    if run.state != "complete":
+        raise UserError("{}: the run did not reach its end ({})".format(folder, run.reason or run.state))
+    contents = {}
     for kind in KINDS[mode]:
         needed = {"perf": "fps", "acc": "acc1"}[kind]
         if needed not in result:
-            raise IncompleteLog("{}: the result has no {}".format(logs[0], needed))
+            raise UserError("{}: the result has no {}".format(folder, needed))
         case = "{network}_bs{batch_size}_{rank_size}p_{kind}".format(kind=kind, **facts)
-        files[case + ".log"] = result_lines(facts, result, case)
+        contents[case + ".log"] = result_lines(facts, result, case)
     if mode != "eval":
-        step_losses = losses(os.path.join(folder, "metrics.jsonl"))
-        files["train_{}_loss.txt".format(case)] = ["{:.8g}".format(loss) for loss in step_losses]
-    for name, lines in files.items():
+        losses = [loss for record in run.train for loss in record["losses"]]
+        contents["train_{}_loss.txt".format(case)] = ["{:.8g}".format(loss) for loss in losses]
+    for name, lines in contents.items():
         with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n")
     screen = []
@@ -102,18 +77,49 @@ def write_results(folder, mode):
     return screen + ["E2E Training Duration sec : {:.0f}".format(result["e2e_seconds"])]
 
 
+def find_runs(paths):
+    """Return the runs at or below `paths`, a list of `results.Run`, each once.
+
+    Raises:
+        UserError: there is no run at one of them.
+    """
+    folders = []
+    for path in paths:
+        found = results.find(path)
+        if not found:
+            raise UserError("{}: no run there, and none below as test/output/<id>".format(path))
+        found = [min(folder, os.path.relpath(folder), key=len) for folder in found]
+        folders += [folder for folder in found if folder not in folders]
+    return [results.read(folder) for folder in folders]
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder")
-    parser.add_argument("--mode", required=True, choices=sorted(KINDS))
+    parser = argparse.ArgumentParser(
+        prog="python -m common.parse_log", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="default: all runs of this repository")
+    parser.add_argument("--format", default="text", choices=sorted(tables.FORMATS), help="default: text")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two runs side by side, with ratios")
+    parser.add_argument("--plot", metavar="OUT.png", help="draw the curves of all runs over each other")
+    parser.add_argument("--mode", choices=sorted(KINDS), help="write the result files of the run at PATH (launch.sh)")
     args = parser.parse_args(argv)
-    try:
-        print("\n".join(write_results(args.folder, args.mode)))
-    except (IncompleteLog, OSError, ValueError) as error:
-        print("[Error] {}".format(error), file=sys.stderr)
-        return 1
-    return 0
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` is no error
+    if args.mode:
+        if len(args.paths) != 1:
+            raise UserError("--mode needs the PATH of one run")
+        print("\n".join(write_results(args.paths[0], args.mode)))
+        return
+    runs = find_runs(args.compare or args.paths or [ROOT])
+    if args.compare and len(runs) != 2:
+        raise UserError("--compare needs two runs, there are {}: name their output folders".format(len(runs)))
+    table = tables.comparison(*runs) if args.compare else tables.table(runs)
+    sys.stdout.write(tables.FORMATS[args.format](table))
+    if args.plot:
+        try:
+            curves.draw(runs, args.plot)
+        except ImportError:
+            raise UserError("--plot needs matplotlib: pip install matplotlib") from None
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(errors.run(main))

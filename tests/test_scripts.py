@@ -57,14 +57,16 @@ def test_each_bundle_has_eight_scripts_of_recipe_alone(bundle):
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_main_accepts_every_recipe(bundle, tmp_path):
     (tmp_path / "weights").write_bytes(b"")
+    (tmp_path / "python").write_text("#!/bin/sh\n")  # importing torch forty times would take minutes
+    (tmp_path / "python").chmod(0o755)
     commands = []
     for mode in MODES:
         for n in (1, 8):
             options = ["--dry-run", "--data_path={}".format(tmp_path)]
             options += ["--resume={}".format(tmp_path / "weights")] if mode in ("eval", "finetune") else []
-            process = run_script(ROOT / bundle, "{}_{}p".format(mode, n), *options)
+            process = run_script(ROOT / bundle, "{}_{}p".format(mode, n), *options, PYTHON=tmp_path / "python")
             assert process.returncode == 0, process.stderr
-            words = process.stdout.split()
+            words = process.stdout.splitlines()[1].split()
             commands.append(words[words.index(str(ROOT / bundle / "main.py")) + 1 :])
     check = "import main; print(*(main.parse_args(c.split()).arch for c in {!r}))".format(
         [" ".join(command) for command in commands]
@@ -97,11 +99,38 @@ def test_unknown_option_is_refused_before_anything_happens(bundle_copy):
     assert [path.name for path in (folder / "test" / "output").iterdir()] == ["0"]
 
 
-def test_help_lists_the_options_and_the_recipe(bundle_copy):
+def test_help_has_groups_defaults_the_recipe_and_an_example(bundle_copy):
     process = run_script(bundle_copy("MnasNet"), "full_8p", "--help")
     assert process.returncode == 0
-    for word in ("300 epochs", "14413.78", "--data_path=", "--rank_size=", "--label-smoothing"):
+    for word in (
+        *("300 epochs", "14413.78", "\ndata and cards:\n", "\nrecipe:\n", "\ncheckpoints:\n", "\nexample:\n  bash "),
+        *("--data_path=DIR", "--rank_size=N         number of cards (default: 8)", "per card (default: 512)"),
+        *("--epochs=N            default: 300", "--learning_rate=X     default: 1.4", " --label-smoothing"),
+    ):
         assert word in process.stdout
+    assert "--compare" not in process.stdout  # that of the results tool is no flag of main.py
+
+
+def test_dry_run_prints_command_environment_and_recipe_and_makes_nothing(bundle_copy, tmp_path):
+    folder = bundle_copy("MnasNet")
+    (tmp_path / "cann").mkdir()  # an Ascend host, where npu_env.sh has something to set
+    process = run_script(
+        folder, "performance_8p", "--dry-run", "--batch_size=3", "--lr", "0.5", "--device=cpu",
+        ASCEND_HOME_PATH=tmp_path / "cann", ASCEND_OPP_PATH=tmp_path / "cann", HCCL_CONNECT_TIMEOUT="7",
+    )  # fmt: skip
+    assert process.returncode == 0, process.stdout + process.stderr
+    lines = process.stdout.splitlines()
+    assert lines[0] == "command:"
+    assert "/main.py --arch mnasnet1_0 --epochs 6 " in lines[1] and "--batch-size 3" in lines[1]
+    assert lines[2] == "environment:"
+    environment = lines[3 : lines.index("recipe on this machine:")]
+    assert "  TASK_QUEUE_ENABLE=2" in environment
+    assert not any("HCCL_CONNECT_TIMEOUT" in line for line in environment)  # the user's own stays
+    recipe = lines[lines.index("network and recipe:") :]
+    for line in ("  --arch mnasnet1_0", "  --batch-size 3  (default: 256)", "  --learning-rate 0.5  (default: 0.1)"):
+        assert line in recipe
+    assert "  --device-list 0,1,2,3,4,5,6,7" in recipe
+    assert not (folder / "test" / "output").exists()
 
 
 def _break_data(kind, folder):
