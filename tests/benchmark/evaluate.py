@@ -59,7 +59,7 @@ def timms(folder, weights):
     return measure_accuracy, accuracies
 
 
-def run(rounds=5):
+def run(rounds=4):
     """Print the table."""
     with tempfile.TemporaryDirectory() as folder:
         data.write(folder, "train", 8, 8, files=8)

@@ -78,7 +78,7 @@ def crop_difference(files):
     return sum(differences) / files
 
 
-def run(rounds=5):
+def run(rounds=4):
     """Print the table."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

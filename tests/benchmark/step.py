@@ -17,7 +17,7 @@ NETWORKS = {
     "SPNASNet_100": (32, 224, 5, "timm", ()),
     "ShuffleNetV2": (32, 224, 7, "torchvision", ()),
     "SPACH-SMLP": (8, 224, 5, "ours in torch's forms", ()),  # no package has the network
-    "PnasNet5Large": (4, 331, 3, "timm", ("--aux-weight", "0")),
+    "PnasNet5Large": (2, 331, 3, "timm", ("--aux-weight", "0")),
 }
 
 
