@@ -2,7 +2,7 @@
 
 DST gets one file of image bytes and one index for train/ and for val/, in place of a file per image, and takes the
 place of SRC as --data. Images whose shorter side is longer than --size are made that small, and saved as JPEG, which
-is what makes them faster to decode; --size 0 keeps every byte. Whatever cannot be decoded is kept as it is: training
+is what makes them faster to decode: 256 suits crops of 224 pixels, 378 those of 331; --size 0 keeps every byte. Whatever cannot be decoded is kept as it is: training
 then names it as it does in SRC. DST appears when it is complete; what an interrupted run left is DST.part.
 """
 
@@ -92,7 +92,7 @@ def main(argv=None):
     )
     parser.add_argument("source", metavar="SRC", help="folder with train/ or val/ or both")
     parser.add_argument("target", metavar="DST", help="new folder")
-    parser.add_argument("--size", type=int, default=320, metavar="PIXELS", help="of the shorter side (default: 320)")
+    parser.add_argument("--size", type=int, default=256, metavar="PIXELS", help="of the shorter side (default: 256)")
     parser.add_argument("--quality", type=int, default=90, metavar="Q", help="of the JPEG files (default: 90)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="(default: cores)")
     args = parser.parse_args(argv)

@@ -83,8 +83,8 @@ def run(rounds=4):
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         data.write(folder, "train", 8, IMAGES)
-        pack.main([folder, folder + "-packed", "--size", "320"])
-        forms = {"ours": ours(folder), "ours, packed": ours(folder + "-packed")}
+        pack.main([folder, folder + "-packed"])
+        forms = {"ours": ours(folder), "ours, packed at 256 pixels": ours(folder + "-packed")}
         forms.update({"torchvision": torchvisions(folder), "timm": timms(folder)})
         for clock, unit in (
             (measure.cpu_seconds, "images per second of processor time"),
