@@ -2,8 +2,9 @@
 
 DST gets one file of image bytes and one index for train/ and for val/, in place of a file per image, and takes the
 place of SRC as --data. Images whose shorter side is longer than --size are made that small, and saved as JPEG, which
-is what makes them faster to decode: 256 suits crops of 224 pixels, 378 those of 331; --size 0 keeps every byte. Whatever cannot be decoded is kept as it is: training
-then names it as it does in SRC. DST appears when it is complete; what an interrupted run left is DST.part.
+is what makes them faster to decode: 256 suits crops of 224 pixels, 378 those of 331; --size 0 keeps every byte.
+Whatever cannot be decoded is kept as it is: training then names it as it does in SRC. DST appears when it is complete;
+what an interrupted run left is DST.part.
 """
 
 import argparse
