@@ -30,7 +30,7 @@ def ours(bundle, batch, images, targets, options):
         optimizer, _ = main.build_optimizer(args, card, model)
         stock_args = main.parse_args(["--device", "cpu", "--synthetic", "--memory-format", "contiguous", *options])
         stock = main.build_model(stock_args, 1000, None, device.Device(stock_args), None)
-    precision = device.Precision(card, args)
+    precision = device.Precision(card, args, model, optimizer)
     images = card.prepare(images)
 
     def step():
