@@ -12,7 +12,7 @@ from common import device, safe_load
 from tests.benchmark import data, measure
 from tests.bundles import imported
 
-IMAGES, BATCH, WORKERS = 256, 64, 2
+IMAGES, BATCH, WORKERS = 128, 64, 2
 
 
 def ours(folder, weights):
@@ -59,7 +59,7 @@ def timms(folder, weights):
     return measure_accuracy, accuracies
 
 
-def run(rounds=4):
+def run(rounds=3):
     """Print the table."""
     with tempfile.TemporaryDirectory() as folder:
         data.write(folder, "train", 8, 8, files=8)

@@ -13,10 +13,10 @@ from tests.bundles import imported
 
 # Bundle: batch, side of the images, rounds, whose network, options of ours that leave out what theirs has not.
 NETWORKS = {
-    "MnasNet": (32, 224, 5, "torchvision", ()),
-    "SPNASNet_100": (32, 224, 5, "timm", ()),
-    "ShuffleNetV2": (32, 224, 7, "torchvision", ()),
-    "SPACH-SMLP": (8, 224, 5, "ours in torch's forms", ()),  # no package has the network
+    "MnasNet": (32, 224, 3, "torchvision", ()),
+    "SPNASNet_100": (32, 224, 3, "timm", ()),
+    "ShuffleNetV2": (32, 224, 5, "torchvision", ()),
+    "SPACH-SMLP": (8, 224, 3, "ours in torch's forms", ()),  # no package has the network
     "PnasNet5Large": (2, 331, 3, "timm", ("--aux-weight", "0")),
 }
 
