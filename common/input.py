@@ -214,9 +214,11 @@ class Loader:
     def _normalise(self, pixels):
         if self._images is None:
             images = self.device.upload(pixels).to(torch.float32)
+            images.flatten(2).mul_(self._scale).add_(self._shift)
         else:
-            images = self._images[: len(pixels)].copy_(pixels)
-        images.flatten(2).mul_(self._scale).add_(self._shift)
+            images = self._images[: len(pixels)]
+            for image, source in zip(images, pixels):  # one at a time stays in the processor's cache
+                image.copy_(source).flatten(1).mul_(self._scale).add_(self._shift)
         images = images.permute(0, 3, 1, 2)  # channels_last, which the device keeps where it likes it
         return images if self.device.likes_channels_last else images.contiguous()
 
