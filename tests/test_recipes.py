@@ -166,7 +166,7 @@ def test_twenty_steps_follow_torchvision_in_a_plain_loop(memory_format, monkeypa
         loader = _Loader(batches)
         log = logger.Log(processor, args, "MnasNet")
         losses = []
-        monkeypatch.setattr(log, "record", lambda kind, **values: losses.extend(values.get("losses", [])))
+        monkeypatch.setattr(log.metrics, "record", lambda kind, **values: losses.extend(values.get("losses", [])))
         optimizer, schedule = main.build_optimizer(args, processor, model)
         epoch = log.train(loader, 0, 0, args)
         nothing = types.SimpleNamespace(after_step=lambda epoch: None)
