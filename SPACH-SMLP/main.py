@@ -78,7 +78,8 @@ def build_parser():
     group.add_argument("--eval-freq", type=int, default=1, metavar="EPOCHS", help="0: never measure val/")
     group.add_argument("--max-steps", type=int, default=0, metavar="N", help="end the training after N steps")
     group.add_argument("--world_size", type=int, dest="device_num", metavar="N", help="processes of one node")
-    group.add_argument("--npu", dest="device", action="store_const", const="npu", help="the same as --device npu")
+    npu = {"dest": "device", "action": "store_const", "const": "npu", "default": "auto"}
+    group.add_argument("--npu", help="the same as --device npu", **npu)
     input.add_arguments(parser)
     device.add_arguments(parser)
     checkpoint.add_arguments(parser)

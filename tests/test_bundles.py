@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests import copies
-from tests.bundles import BUNDLES, ROOT
+from tests.bundles import BUNDLES, ROOT, imported
 from tests.conftest import run
 
 ORDER = [
@@ -122,3 +122,9 @@ def test_bundles_never_import_each_other(bundle):
             assert not {name.split(".")[0] for name in names} & (set(BUNDLES) | {"tests"})
     for path in (ROOT / "common").rglob("*.py"):
         assert "models" not in path.read_text(encoding="utf-8").split("import ")[1:]
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_without_a_word_the_device_is_chosen(bundle):
+    with imported(bundle, "main") as main:
+        assert main.parse_args([]).device == "auto"
