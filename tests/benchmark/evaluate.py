@@ -25,7 +25,10 @@ def ours(folder, weights):
         model = main.build_model(
             args, 1000, safe_load.read(weights), card, types.SimpleNamespace(line=lambda text: None)
         )
-        log = types.SimpleNamespace(evaluation=lambda epoch, loader, counts: (100 * counts[0].item() / len(loader),))
+        log = types.SimpleNamespace(
+            batches=lambda loader: loader.batches(),
+            evaluation=lambda epoch, loader, counts: (100 * counts[0].item() / len(loader),),
+        )
         accuracies = []
         return lambda: accuracies.append(main.evaluate(loader, model, card, log, 0)), accuracies
 
