@@ -1,10 +1,10 @@
-"""Faster convolutions for training on a CPU: depthwise gradients and 1x1 convolutions, where oneDNN's are slow.
+"""Faster convolutions for training on a CPU in bfloat16: depthwise gradients and 1x1 convolutions, where oneDNN's are slow.
 
 Depthwise: oneDNN has fast weight gradients for kernels up to three columns wide that are no larger than the map. Wider
-ones are put together from pieces of three columns, each at its own offset of the padded input. In bfloat16 the input
-gradient is a forward convolution with the flipped kernel; at stride 2 zeros are put between the gradient's pixels.
+ones are put together from pieces of three columns, each at its own offset of the padded input. The input gradient is
+a forward convolution with the flipped kernel; at stride 2 zeros are put between the gradient's pixels.
 
-1x1: in bfloat16 a matrix product of pixels and channels, 1.2 to 8 times as fast where the channels are not few.
+1x1: a matrix product of pixels and channels, 1.2 to 8 times as fast where the channels are not few.
 """
 
 import torch
@@ -68,28 +68,25 @@ class _DepthwiseFunction(torch.autograd.Function):
         images, weight = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         arguments = gradient, images, weight, ctx.stride, ctx.padding
-        results = [None, None]
-        if ctx.needs_input_grad[0] and images.dtype == torch.bfloat16:
-            results[0] = _images_gradient(*arguments)
-        if ctx.needs_input_grad[1] and weight.shape[-1] > min(3, *images.shape[2:]):
-            results[1] = _weight_gradient(*arguments)
-        left = [ctx.needs_input_grad[i] and results[i] is None for i in range(2)]
-        if any(left):
-            stock = _convolution_backward(*arguments, [*left, False])
-            results = [stock[i] if left[i] else results[i] for i in range(2)]
-        return results[0], results[1], None, None
+        images_gradient = weight_gradient = None
+        if ctx.needs_input_grad[0]:
+            images_gradient = _images_gradient(*arguments)
+        if ctx.needs_input_grad[1]:
+            if weight.shape[-1] > min(3, *images.shape[2:]):
+                weight_gradient = _weight_gradient(*arguments)
+            else:
+                weight_gradient = _convolution_backward(*arguments, [False, True, False])[1]
+        return images_gradient, weight_gradient, None, None
 
 
 class DepthwiseConv2d(torch.nn.Conv2d):
-    """A depthwise `Conv2d` with the gradients above."""
+    """A depthwise `Conv2d` with the gradients above in bfloat16; in float32 it stays torch's, digit for digit."""
 
     def forward(self, images):
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")):
             return super().forward(images)
-        weight = self.weight
-        if torch.is_autocast_enabled("cpu"):
-            dtype = torch.get_autocast_dtype("cpu")
-            images, weight = images.to(dtype), weight.to(dtype)
+        dtype = torch.get_autocast_dtype("cpu")
+        images, weight = images.to(dtype), self.weight.to(dtype)
         with torch.autocast("cpu", enabled=False):
             return _DepthwiseFunction.apply(images, weight, self.stride, self.padding)
 
