@@ -1,4 +1,4 @@
-"""Faster convolutions for training on a CPU in bfloat16: depthwise gradients and 1x1 convolutions, where oneDNN's are slow.
+"""Faster convolutions for training on a CPU in bfloat16: depthwise gradients and 1x1, where oneDNN is slow.
 
 Depthwise: oneDNN has fast weight gradients for kernels up to three columns wide that are no larger than the map. Wider
 ones are put together from pieces of three columns, each at its own offset of the padded input. The input gradient is
