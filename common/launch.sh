@@ -145,8 +145,10 @@ eval | finetune)
     [ -f "$resume" ] || fail "--resume: there is no file $resume"
     ;;
 esac
-"$python" -c 'import importlib.util as i, sys; sys.exit(any(i.find_spec(n) is None for n in ("torch", "numpy", "PIL")))' ||
-    fail "torch, numpy or pillow is missing for $python: pip install -r $bundle/requirements.txt"
+# shellcheck disable=SC2046 # where the file does not name timm there is no such word
+"$python" -c 'import importlib.util as i, sys; sys.exit(any(i.find_spec(n) is None for n in sys.argv[1:]))' \
+    torch numpy PIL $(grep -o '^timm' "$bundle/requirements.txt") ||
+    fail "torch, numpy, pillow or timm is missing for $python: pip install -r $bundle/requirements.txt"
 
 # --- a fresh output folder; what an earlier run left is kept beside it
 if [ -z "$dry_run" ]; then
