@@ -6,7 +6,23 @@ Import it before torch: a torch_npu that cannot work would end the process insid
 import ctypes
 import os
 import re
+import sys
 from importlib.util import find_spec
+
+
+def _name_missing_package(kind, error, traceback):
+    """Show a package that is not installed as one line, and everything else as Python does."""
+    if kind is not ModuleNotFoundError or not error.name:
+        sys.__excepthook__(kind, error, traceback)
+        return
+    bundle = os.path.dirname(os.path.abspath(sys.argv[0]))
+    file = os.path.join(bundle, "requirements.txt")
+    file = file if os.path.isfile(file) else "BUNDLE/requirements.txt"
+    text = "[Error] {} is missing for {}: pip install -r {}"
+    print(text.format(error.name.partition(".")[0], sys.executable, file), file=sys.stderr)
+
+
+sys.excepthook = _name_missing_package
 
 
 def _read(package, name):

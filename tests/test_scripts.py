@@ -248,3 +248,13 @@ def test_the_newest_best_checkpoint_is_the_default(bundle_copy, few_digits):
         (output / name / "model_best.pth.tar").write_bytes(b"")
         process = run_script(folder, "eval_1p", "--data_path={}".format(few_digits), "--dry-run")
         assert "/output/{}/model_best.pth.tar".format(name) in process.stdout
+
+
+@pytest.mark.parametrize("package", ["torch", "numpy", "timm"])
+def test_a_package_that_is_not_installed_is_one_line(package, tmp_path):
+    """Of the program itself, which may be started without a script."""
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").write_text("raise ModuleNotFoundError(name={!r})".format(package + ".part"))
+    (tmp_path / package / "version.py").write_text("")
+    process = run([sys.executable, ROOT / "SPACH-SMLP" / "main.py", "--help"], PYTHONPATH=str(tmp_path))
+    assert_refused(process, 1, package + " is missing for " + sys.executable, "SPACH-SMLP/requirements.txt")
