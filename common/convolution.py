@@ -104,8 +104,6 @@ class PointwiseConv2d(torch.nn.Conv2d):
 def speed_up(model):
     """Give the model's depthwise and 1x1 convolutions their faster forms; returns how many there were."""
     count = 0
-    if not hasattr(torch, "get_autocast_dtype"):  # nor can a torch this old train in bfloat16 as fast
-        return count
     for module in model.modules():
         if type(module) is not torch.nn.Conv2d:
             continue

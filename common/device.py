@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import common
-from common import ascend, convolution, launcher
+from common import ascend, launcher
 from common.errors import UserError
 from common.precision import DYNAMIC
 from common.precision import Precision as Precision  # the bundles take it from here
@@ -45,9 +45,7 @@ def add_arguments(parser, amp=False, opt_level="O1", loss_scale=DYNAMIC):
     group.add_argument(
         "--memory-format", default="auto", choices=["auto", "contiguous"], help="auto: channels last, but not on NPU"
     )
-    group.add_argument(
-        "--stock-convolutions", action="store_true", help="on a CPU: torch's own, not the faster ones of ours"
-    )
+    group.add_argument("--stock-layers", action="store_true", help="on a CPU: torch's own, not the faster ones of ours")
     group.add_argument(
         "--compile", action="store_true", help="torch.compile: minutes once, then faster steps, not on NPU"
     )
@@ -104,7 +102,6 @@ class Device:
         self.remarks = fit_to_cpu(args) if self.type == "cpu" else []
         self.ranks = Ranks()
         self.seed, self._memory_format = args.seed, args.memory_format
-        self._stock_convolutions = args.stock_convolutions
         ids = launcher.card_ids(args)
         if len(ids) != self.ranks.local_world_size:
             ids = list(range(self.ranks.local_world_size))  # torchrun said how many there are
@@ -189,8 +186,6 @@ class Device:
         item = item.to(self.torch_device)
         if not self.likes_channels_last:
             return item
-        if self.type == "cpu" and isinstance(item, torch.nn.Module) and not self._stock_convolutions:
-            convolution.speed_up(item)
         return item.to(memory_format=torch.channels_last)
 
     def upload(self, tensor):

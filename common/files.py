@@ -8,6 +8,12 @@ import shutil
 import time
 
 
+def cache_folder():
+    """Return the folder for what can be made again; it may not be there yet."""
+    place = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(place, "imagenet-bundles")
+
+
 def _temporary(path):
     return "{}.tmp-{}".format(path, os.getpid())
 

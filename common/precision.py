@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from common import apex, ascend
+from common import apex, ascend, batchnorm, convolution
 from common.errors import UserError
 
 DYNAMIC = "dynamic"
@@ -43,11 +43,11 @@ class Precision:
     """
 
     def __init__(self, device, args, model, optimizer):
-        """Choose what the device and this torch can do; apex changes `model` and `optimizer` in place.
+        """Choose what device and torch can do; apex changes `model` and `optimizer`, bfloat16 on a CPU `model`.
 
         Args:
             device: the `common.device.Device`; what it cannot do is added to its remarks.
-            args: `amp`, `opt_level`, `amp_dtype`, `loss_scale`.
+            args: `amp`, `opt_level`, `amp_dtype`, `loss_scale`, `stock_layers`.
             model: the model, on the device, before it is made parallel.
             optimizer: what `device.optimizer` returned.
 
@@ -70,11 +70,21 @@ class Precision:
                 self._dtype = None
         elif self._dtype == torch.float16:
             self._scaler = self._build_scaler(_fixed_scale(args.loss_scale))
+        elif self._dtype is not None and device.type == "cpu" and not args.stock_layers:
+            self._take_faster_layers(model)
         if fused_by_apex and self._apex is None:
             raise UserError("--fused-optimizer: apex has it only for --amp with --opt-level O1 or O2")
         self.label = str(self._dtype or torch.float32).replace("torch.", "")
         if self._dtype == torch.float16:
             self.label += "{}, loss scale {}".format(" by apex" if self._apex else "", args.loss_scale)
+
+    def _take_faster_layers(self, model):
+        if not (self._device.likes_channels_last and hasattr(torch, "get_autocast_dtype")):
+            return  # nor can a torch without that train in bfloat16 as fast
+        if batchnorm.library() is None:
+            self._device.remarks.append("no C compiler (cc) with OpenMP is here: BatchNorm is torch's, and slower")
+        batchnorm.speed_up(model)
+        convolution.speed_up(model)
 
     @property
     def _is_native(self):

@@ -94,9 +94,8 @@ def from_arrays(content):
 
 
 def _cache_path(folder):
-    place = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     key = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:32]
-    return os.path.join(place, "imagenet-bundles", key + ".npz")
+    return os.path.join(files.cache_folder(), key + ".npz")
 
 
 def _times(folder, folders):

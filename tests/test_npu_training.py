@@ -37,10 +37,10 @@ FOLLOWED = ["MnasNet", "ShuffleNetV2", "SPNASNet_100", "SPACH-SMLP"]
 
 @pytest.mark.parametrize("bundle", FOLLOWED if LONG else FOLLOWED[:2])
 def test_twenty_steps_in_float32_lose_what_the_cpu_loses(bundle, bundle_copy, few_digits):
-    """With one memory layout and the same convolutions on both: after ReLUs two layouts on one CPU part already."""
+    """With one memory layout on both: after ReLUs two layouts on one CPU part already."""
     place = bundle_copy(bundle)
     options = ["--data_path={}".format(few_digits), "--opt-level=O0", "--max_steps=20", "--epochs=9", "--batch_size=4"]
-    options += ["--learning_rate=0.01", "--workers=1", "--memory-format=contiguous", "--stock-convolutions"]
+    options += ["--learning_rate=0.01", "--workers=1", "--memory-format=contiguous", "--stock-layers"]
     options += small(bundle)
     losses = []
     for device in ("cpu", "npu"):

@@ -1,0 +1,146 @@
+// Training BatchNorm of bfloat16 images in channels_last memory, and the ReLU behind it, in as few passes over memory
+// as it takes: three when forward, five when back, where torch's two layers take fourteen. A row is a pixel.
+
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef uint16_t bfloat16;
+
+enum { BLOCK = 32 }; // rows whose mean and squares are taken at once, while they are in the cache
+enum { MEAN, INVERSE, SCALE, SHIFT, SAVED }; // what `forward` leaves: 1 / deviation, and y = x * scale + shift
+
+static inline float wide(bfloat16 number) {
+    const uint32_t bits = (uint32_t)number << 16;
+    float result;
+    memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+static inline bfloat16 narrow(float number) { // to the nearest, ties to even; NaN stays NaN
+    uint32_t bits;
+    memcpy(&bits, &number, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (bfloat16)rounded;
+}
+
+// Add the means of `count` rows, and their squared distances from them, to those of the `before` rows (Chan et al., 1979).
+static void add_block(const bfloat16 *restrict x, long count, long before, long channels, float *restrict mean,
+                      float *restrict squares, float *restrict block_mean, float *restrict block_squares) {
+    memset(block_mean, 0, channels * sizeof(float));
+    memset(block_squares, 0, channels * sizeof(float));
+    for (long row = 0; row < count; row++)
+        for (long c = 0; c < channels; c++) block_mean[c] += wide(x[row * channels + c]);
+    for (long c = 0; c < channels; c++) block_mean[c] /= count;
+    for (long row = 0; row < count; row++)
+        for (long c = 0; c < channels; c++) {
+            const float distance = wide(x[row * channels + c]) - block_mean[c];
+            block_squares[c] += distance * distance;
+        }
+    const float share = (float)count / (before + count), weight = (float)before * share;
+    for (long c = 0; c < channels; c++) {
+        const float distance = block_mean[c] - mean[c];
+        mean[c] += distance * share;
+        squares[c] += block_squares[c] + distance * distance * weight;
+    }
+}
+
+// y = relu?(normalised x); updates the running statistics and fills `saved`, float [SAVED * channels].
+// Returns 0, or -1 where there is no memory.
+int forward(const bfloat16 *restrict x, bfloat16 *restrict y, const float *restrict weight, const float *restrict bias,
+            float *restrict running_mean, float *restrict running_variance, float *restrict saved, long rows,
+            long channels, long relu, float momentum, float epsilon, long threads) {
+    float *parts = calloc(4 * threads * channels, sizeof(float));
+    if (!parts) return -1;
+    const long share = ((rows + threads - 1) / threads + BLOCK - 1) / BLOCK * BLOCK;
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (long t = 0; t < threads; t++) {
+        float *own = parts + 4 * t * channels;
+        const long first = t * share, last = first + share < rows ? first + share : rows;
+        for (long row = first; row < last; row += BLOCK)
+            add_block(x + row * channels, last - row < BLOCK ? last - row : BLOCK, row - first, channels, own,
+                      own + channels, own + 2 * channels, own + 3 * channels);
+    }
+    float *restrict mean = saved + MEAN * channels, *restrict inverse = saved + INVERSE * channels;
+    float *restrict scale = saved + SCALE * channels, *restrict shift = saved + SHIFT * channels;
+    for (long c = 0; c < channels; c++) {
+        double all = 0, squares = 0, done = 0;
+        for (long t = 0; t < threads && t * share < rows; t++) {
+            const float *own = parts + 4 * t * channels;
+            const double count = (t + 1) * share < rows ? share : rows - t * share, distance = own[c] - all;
+            squares += own[channels + c] + distance * distance * done * count / (done + count);
+            all += distance * count / (done + count);
+            done += count;
+        }
+        mean[c] = all;
+        inverse[c] = 1 / sqrt(squares / rows + epsilon);
+        scale[c] = weight[c] * inverse[c];
+        shift[c] = bias[c] - mean[c] * scale[c];
+        running_mean[c] += momentum * (mean[c] - running_mean[c]);
+        running_variance[c] += momentum * (squares / (rows - 1) - running_variance[c]);
+    }
+    free(parts);
+    const float low = relu ? 0 : -INFINITY;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long row = 0; row < rows; row++) {
+        const bfloat16 *restrict p = x + row * channels;
+        bfloat16 *restrict q = y + row * channels;
+        for (long c = 0; c < channels; c++) {
+            const float value = wide(p[c]) * scale[c] + shift[c];
+            q[c] = narrow(value < low ? low : value); // NaN passes
+        }
+    }
+    return 0;
+}
+
+// The gradients of x, weight and bias, from that of y. Returns 0, or -1 where there is no memory.
+int backward(const bfloat16 *restrict x, const bfloat16 *restrict y_gradient, bfloat16 *restrict x_gradient,
+             const float *restrict saved, float *restrict weight_gradient, float *restrict bias_gradient, long rows,
+             long channels, long relu, long threads) {
+    const float *restrict mean = saved + MEAN * channels, *restrict inverse = saved + INVERSE * channels;
+    const float *restrict scale = saved + SCALE * channels, *restrict shift = saved + SHIFT * channels;
+    const float low = relu ? 0 : -INFINITY;
+    const long share = (rows + threads - 1) / threads;
+    float *parts = calloc(2 * (threads + 1) * channels, sizeof(float));
+    if (!parts) return -1;
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (long t = 0; t < threads; t++) {
+        float *restrict sums = parts + 2 * t * channels, *restrict products = sums + channels;
+        const long last = (t + 1) * share < rows ? (t + 1) * share : rows;
+        for (long row = t * share; row < last; row++) {
+            const bfloat16 *restrict p = x + row * channels, *restrict g = y_gradient + row * channels;
+            for (long c = 0; c < channels; c++) {
+                const float value = wide(p[c]), given = wide(g[c]);
+                const float gradient = value * scale[c] + shift[c] > low ? given : 0;
+                sums[c] += gradient;
+                products[c] += gradient * (value - mean[c]);
+            }
+        }
+    }
+    float *restrict of_x = parts + 2 * threads * channels, *restrict constant = of_x + channels;
+    for (long c = 0; c < channels; c++) {
+        double sum = 0, product = 0;
+        for (long t = 0; t < threads; t++) {
+            sum += parts[2 * t * channels + c];
+            product += parts[(2 * t + 1) * channels + c];
+        }
+        bias_gradient[c] = sum;
+        weight_gradient[c] = product * inverse[c];
+        of_x[c] = -scale[c] * inverse[c] * weight_gradient[c] / rows;
+        constant[c] = -scale[c] * sum / rows - of_x[c] * mean[c];
+    }
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long row = 0; row < rows; row++) {
+        const bfloat16 *restrict p = x + row * channels, *restrict g = y_gradient + row * channels;
+        bfloat16 *restrict q = x_gradient + row * channels;
+        for (long c = 0; c < channels; c++) {
+            const float value = wide(p[c]), given = wide(g[c]);
+            const float gradient = value * scale[c] + shift[c] > low ? given : 0;
+            q[c] = narrow(gradient * scale[c] + value * of_x[c] + constant[c]);
+        }
+    }
+    free(parts);
+    return 0;
+}

@@ -1,0 +1,142 @@
+"""Faster BatchNorm, with the ReLU behind it, for training on a CPU in bfloat16: `batchnorm.c`, compiled at first use.
+
+Both layers are bound by memory, and torch's take almost twice the passes over it. The C compiler needs OpenMP; what it
+makes is kept in the user's cache. Without a compiler, in float32 and in evaluation the layers stay torch's.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from common.files import cache_folder
+
+_OPTIONS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
+_SAVED = 4  # floats per channel that `forward` leaves for `backward`
+
+
+@functools.lru_cache(maxsize=None)
+def library():
+    """Return the compiled `batchnorm.c`, or None where it cannot be compiled."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None or not sys.platform.startswith("linux"):
+        return None
+    source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "batchnorm.c")
+    try:
+        with open(source, "rb") as text, open("/proc/cpuinfo", "rb") as processor:
+            features = next((line for line in processor if line.startswith((b"flags", b"Features"))), b"")
+            key = hashlib.sha256(text.read() + features).hexdigest()[:16]  # a home may serve several machines
+        path = os.path.join(cache_folder(), "batchnorm-{}.so".format(key))
+        if not os.path.exists(path):
+            os.makedirs(cache_folder(), exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
+                part = os.path.join(folder, "part.so")
+                command = [compiler, *_OPTIONS, source, "-o", part, "-lm"]
+                subprocess.run(command, check=True, stderr=subprocess.DEVNULL, timeout=60)
+                os.replace(part, path)
+        return ctypes.CDLL(path)
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _call(function, tensors, *numbers):
+    """Call a function of `library()` with the memory of `tensors`, then `numbers`, then the number of threads."""
+    kinds = {float: ctypes.c_float, int: ctypes.c_long}
+    arguments = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+    arguments += [kinds[type(number)](number) for number in numbers]
+    if function(*arguments, ctypes.c_long(torch.get_num_threads())):
+        raise MemoryError("BatchNorm")
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, images, weight, bias, norm):
+        channels = images.shape[1]
+        ctx.sizes = images.numel() // channels, channels, int(norm.relu)
+        result, saved = torch.empty_like(images), weight.new_empty(_SAVED * channels)
+        tensors = images, result, weight, bias, norm.running_mean, norm.running_var, saved
+        _call(library().forward, tensors, *ctx.sizes, norm.momentum, norm.eps)
+        ctx.save_for_backward(images, saved)
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient):
+        images, saved = ctx.saved_tensors
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        result, of_weight, of_bias = torch.empty_like(images), *saved.new_empty(2, ctx.sizes[1])
+        _call(library().backward, (images, gradient, result, saved, of_weight, of_bias), *ctx.sizes)
+        return result, of_weight, of_bias, None
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """A `BatchNorm2d` that is faster under autocast; `relu`: it does the work of the ReLU behind it there."""
+
+    relu = False
+
+    def forward(self, images):
+        if not torch.is_autocast_enabled("cpu"):
+            return super().forward(images)
+        if self.training and self._takes(images):
+            self.num_batches_tracked.add_(1)
+            return _Function.apply(images, self.weight, self.bias, self)
+        images = super().forward(images)
+        return F.relu(images) if self.relu else images
+
+    def _takes(self, images):
+        return (
+            images.dtype == torch.bfloat16
+            and images.is_contiguous(memory_format=torch.channels_last)
+            and images.numel() > images.shape[1]  # else torch has an error to raise
+            and not torch.compiler.is_compiling()
+        )
+
+
+class DoneReLU(nn.ReLU):
+    """The ReLU behind a `BatchNorm2d` with `relu`, which has done its work under autocast."""
+
+    def forward(self, images):
+        return images if torch.is_autocast_enabled("cpu") else super().forward(images)
+
+
+def _relus_behind(model):
+    """Return {ReLU: set of the BatchNorms whose results, used nowhere else, are all that it is given}."""
+    try:
+        nodes = torch.fx.symbolic_trace(model).graph.nodes
+    except Exception:  # a network that the tracer cannot follow has anything to say
+        return {}
+    called = {node: model.get_submodule(node.target) for node in nodes if node.op == "call_module"}
+    found = {}
+    for node, module in called.items():
+        if type(module) is nn.ReLU:
+            before = node.args[0]
+            fits = type(called.get(before)) is nn.BatchNorm2d and len(before.users) == 1
+            found.setdefault(module, set()).add(called[before] if fits else None)
+    return {relu: norms for relu, norms in found.items() if None not in norms}
+
+
+def speed_up(model):
+    """Give the model's BatchNorms, and the ReLUs behind them, their faster forms; return how many there were of each.
+
+    To be called before `convolution.speed_up`: the tracer knows only torch's own layers.
+    """
+    if library() is None:
+        return 0, 0
+    pairs = _relus_behind(model)
+    norms = [m for m in model.modules() if type(m) is nn.BatchNorm2d and m.affine and m.track_running_stats]
+    norms = [norm for norm in norms if norm.momentum is not None]
+    for norm in norms:
+        norm.__class__ = BatchNorm2d
+    pairs = {relu: behind for relu, behind in pairs.items() if behind <= set(norms)}
+    for relu, behind in pairs.items():
+        relu.__class__ = DoneReLU
+        for norm in behind:
+            norm.relu = True
+    return len(norms), len(pairs)
