@@ -152,7 +152,7 @@ def train_one_epoch(epoch, model, criterion, optimizer, schedule, precision, che
 def evaluate(loader, model, card, log, epoch):
     """Return Acc@1 in percent over every image of `loader`, in float32, the same on all ranks."""
     card.ranks.broadcast_buffers(model)
-    model.eval()
+    model = card.for_evaluation(model)
     counts = torch.zeros(3, dtype=torch.int64, device=card.torch_device)
     with torch.no_grad():
         for images, targets in log.batches(loader):

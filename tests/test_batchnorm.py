@@ -136,3 +136,29 @@ def test_without_a_compiler_the_layers_are_torchs(compiler, tmp_path):
         assert process.returncode == 0 and "Epoch: [0]" in process.stdout, process.stdout
         assert ("no C compiler (cc) with OpenMP is here" in process.stdout) == said, process.stdout
     assert not list(tmp_path.glob("**/*.so"))
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+@pytest.mark.parametrize("sped_up", [False, True])
+def test_an_evaluation_without_norms_gives_the_same_logits(bundle, sped_up):
+    torch.manual_seed(0)
+    with imported(bundle) as models:
+        options = {"image_size": 64} if bundle == "SPACH-SMLP" else {}
+        model = getattr(models, BUILDERS[bundle])(10, **options).to(memory_format=torch.channels_last).eval()
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.running_mean, -0.1, 0.1)
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.uniform_(norm.bias, -0.1, 0.1)
+    if sped_up:
+        batchnorm.speed_up(model)
+        convolution.speed_up(model)
+    before = copy.deepcopy(model.state_dict())
+    images = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected, found = model(images), batchnorm.folded(model)(images)
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in batchnorm.folded(model).modules())
+    assert norms == {"SPACH-SMLP": 53, "PnasNet5Large": 4}.get(bundle, 0)
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -68,8 +68,8 @@ MISTAKES = {
     ),
     "labels on another card": (
         "common/input.py",
-        ".to(self.device.torch_device, copy=True)",
-        '.to("npu:7", copy=True)',
+        "self.device.upload(self._targets[slot, :rows])",
+        'self.device.upload(self._targets[slot, :rows]).to("npu:7")',
         CHIPS[1],
         "Expected all tensors to be on the same device",
     ),
@@ -89,7 +89,7 @@ MISTAKES = {
     ),
     "a scaler that tells no other rank": (
         "common/ascend.py",
-        "None if torch_npu.npu.utils.is_support_inf_nan()",
+        "None if has_inf()",
         "None if True",
         CHIPS[0],
         "the ranks have different weights",
