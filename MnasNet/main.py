@@ -201,6 +201,7 @@ def main(argv=None):
         return card.ranks.leave()
     if args.resume:
         checkpoints.resume(content, args.resume)
+    del content  # it is as large as model and optimizer
     criterion = LabelSmoothing(args.label_smoothing)
     parallel_model = card.parallel(model)
     for number in range(checkpoints.epoch, args.epochs):

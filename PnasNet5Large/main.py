@@ -225,6 +225,7 @@ def main(argv=None):
         return card.ranks.leave()
     if args.resume:
         checkpoints.resume(content, args.resume)
+    del content  # it is as large as model and optimizer
     criterion = AuxiliaryLoss(args.aux_weight)
     parallel_model = card.parallel(model)
     for number in range(checkpoints.epoch, args.epochs):

@@ -241,6 +241,7 @@ def main(argv=None):
         return card.ranks.leave()
     if args.resume:
         checkpoints.resume(content, args.resume)
+    del content  # it is as large as model and optimizer
     criterion, erase = LabelSmoothing(args.label_smoothing), RandomErasing(args.reprob)
     parallel_model = card.parallel(model)
     for number in range(checkpoints.epoch, args.epochs):
