@@ -25,7 +25,7 @@ TRAINING = ["--batch_size=8", "--workers=1", "--learning_rate=0.001"]
 
 
 def run_legacy(version, bundle, name, *options, **environment):
-    process = run_script(bundle, name, *options, PYTHON=PYTHONS[version], **environment)
+    process = run_script(bundle, name, *options, timeout=900, PYTHON=PYTHONS[version], **environment)
     assert process.returncode == 0, process.stdout + process.stderr
     return process
 
