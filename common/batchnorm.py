@@ -5,6 +5,7 @@ It is compiled at first use, by a C compiler with OpenMP, and kept in the user's
 layers stay torch's.
 """
 
+import collections
 import copy
 import ctypes
 import functools
@@ -17,6 +18,7 @@ import tempfile
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from common.files import cache_folder
@@ -75,6 +77,7 @@ class _Function(torch.autograd.Function):
         return result
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         images, saved = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=torch.channels_last)
@@ -100,6 +103,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     def _takes(self, images):
         return (
             images.dtype == torch.bfloat16
+            and self.weight.dtype == torch.float32
             and images.is_contiguous(memory_format=torch.channels_last)
             and images.numel() > images.shape[1]  # else torch has an error to raise
             and not torch.compiler.is_compiling()
@@ -114,7 +118,10 @@ class DoneReLU(nn.ReLU):
 
 
 def _before(model, kind):
-    """Return {layer of type `kind`: set of the layers whose results, used nowhere else, it is given, or None}."""
+    """Return {layer of type `kind`: set of the layers whose results it is given}.
+
+    None stands for what is no layer, or is used elsewhere too.
+    """
     if fx is None:
         return {}
     tracer = fx.Tracer()
@@ -125,11 +132,12 @@ def _before(model, kind):
         return {}
     modules = dict(model.named_modules())
     called = {node: modules[node.target] for node in nodes if node.op == "call_module"}
-    found = {}
+    times, found = collections.Counter(called.values()), {}
     for node, module in called.items():
         if isinstance(module, kind):
-            before = node.args[0]
-            found.setdefault(module, set()).add(called.get(before) if len(before.users) == 1 else None)
+            before = called.get(node.args[0])
+            only_here = times[before] == 1 and len(node.args[0].users) == 1
+            found.setdefault(module, set()).add(before if only_here else None)
     return found
 
 
@@ -152,18 +160,16 @@ def speed_up(model):
 def folded(model):
     """Return a copy of `model` for evaluation, in which convolutions do the work of the BatchNorms behind them.
 
-    Only where each has no other use; logits differ by rounding (4e-7 of the largest). The copy has `model`'s mode.
+    Only where each is used once; logits differ by rounding (4e-7 of the largest). The copy has `model`'s mode.
     """
     model = copy.deepcopy(model)
-    pairs = [(norm, *before) for norm, before in _before(model, nn.BatchNorm2d).items() if len(before) == 1]
-    convolutions = [before for _, before in pairs]
-    for norm, before in pairs:
-        usable = norm.affine and norm.track_running_stats and convolutions.count(before) == 1
-        if usable and isinstance(before, nn.Conv2d):
+    for norm, (convolution, *others) in _before(model, nn.BatchNorm2d).items():
+        usable = norm.affine and norm.track_running_stats and not others
+        if usable and isinstance(convolution, nn.Conv2d):
             with torch.no_grad():
                 scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-                bias = 0 if before.bias is None else before.bias
-                before.weight *= scale.view(-1, 1, 1, 1)
-                before.bias = nn.Parameter(norm.bias + (bias - norm.running_mean) * scale)
+                bias = 0 if convolution.bias is None else convolution.bias
+                convolution.weight *= scale.view(-1, 1, 1, 1)
+                convolution.bias = nn.Parameter(norm.bias + (bias - norm.running_mean) * scale)
             norm.__class__ = nn.Identity
     return model
