@@ -33,7 +33,7 @@ _SAVED = 4  # floats per channel that `forward` leaves for `backward`
 
 
 @functools.lru_cache(maxsize=None)
-def library():
+def compiled():
     """Return the compiled `batchnorm.c`, or None where it cannot be compiled."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None or not sys.platform.startswith("linux"):
@@ -57,7 +57,7 @@ def library():
 
 
 def _call(function, tensors, *numbers):
-    """Call a function of `library()` with the memory of `tensors`, then `numbers`, then the number of threads."""
+    """Call a function of `compiled()` with the memory of `tensors`, then `numbers`, then the number of threads."""
     kinds = {float: ctypes.c_float, int: ctypes.c_long}
     arguments = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
     arguments += [kinds[type(number)](number) for number in numbers]
@@ -72,7 +72,7 @@ class _Function(torch.autograd.Function):
         ctx.sizes = images.numel() // channels, channels, int(norm.relu)
         result, saved = torch.empty_like(images), weight.new_empty(_SAVED * channels)
         tensors = images, result, weight, bias, norm.running_mean, norm.running_var, saved
-        _call(library().forward, tensors, *ctx.sizes, norm.momentum, norm.eps)
+        _call(compiled().forward, tensors, *ctx.sizes, norm.momentum, norm.eps)
         ctx.save_for_backward(images, saved)
         return result
 
@@ -82,7 +82,7 @@ class _Function(torch.autograd.Function):
         images, saved = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         result, of_weight, of_bias = torch.empty_like(images), *saved.new_empty(2, ctx.sizes[1])
-        _call(library().backward, (images, gradient, result, saved, of_weight, of_bias), *ctx.sizes)
+        _call(compiled().backward, (images, gradient, result, saved, of_weight, of_bias), *ctx.sizes)
         return result, of_weight, of_bias, None
 
 
@@ -143,7 +143,7 @@ def _before(model, kind):
 
 def speed_up(model):
     """Give the model's BatchNorms and the ReLUs behind them their faster forms; return how many there were of each."""
-    if library() is None:
+    if compiled() is None:
         return 0, 0
     norms = {m for m in model.modules() if type(m) is nn.BatchNorm2d and m.affine and m.track_running_stats}
     norms = {norm for norm in norms if norm.momentum is not None}

@@ -81,7 +81,7 @@ class Precision:
     def _take_faster_layers(self, model):
         if not (self._device.likes_channels_last and hasattr(torch, "get_autocast_dtype")):
             return  # nor can a torch without that train in bfloat16 as fast
-        if batchnorm.library() is None:
+        if batchnorm.compiled() is None:
             self._device.remarks.append("no C compiler (cc) with OpenMP is here: BatchNorm is torch's, and slower")
         batchnorm.speed_up(model)
         convolution.speed_up(model)
