@@ -96,7 +96,7 @@ def test_a_changed_copy_is_found_and_renewed(bundle, tmp_path):
         shutil.copytree(str(ROOT / name), str(tmp_path / name), ignore=shutil.ignore_patterns("output", "*.pth.tar*"))
     path = tmp_path / bundle / "main.py"
     good = path.read_text(encoding="utf-8")
-    path.write_text(good.replace("torch.no_grad()", "torch.enable_grad()"), encoding="utf-8")
+    path.write_text(good.replace("card.for_evaluation(model)", "model.eval()"), encoding="utf-8")
     assert copies.problems(tmp_path)
     copies.fix(tmp_path)
     assert copies.problems(tmp_path) == []
