@@ -12,7 +12,8 @@ BATCH, STEPS, ROUNDS = 16, 30, 3
 
 BARE = """
 import sys, time, torch
-from common import device
+from common import input
+input.import_torchvision()
 from tests.benchmark.step import ours
 images, targets = torch.randn({batch}, 3, 224, 224), torch.randint(1000, ({batch},))
 step, _ = ours("{bundle}", {batch}, images, targets, ())
