@@ -111,7 +111,7 @@ class Device:
             raise UserError("--fused-optimizer is the NPU's; on {} torch's own is fused already".format(self.type))
         if self._module is None:
             self.torch_device = torch.device("cpu")
-            _keep_freed_memory()
+            keep_freed_memory()
             self._share_cores()
             if "torch_npu" in sys.modules:
                 # It would look for a card, and fail without one, wherever data-loading workers are started.
@@ -244,7 +244,7 @@ class Device:
         return cls(parameters, **options)
 
 
-def _keep_freed_memory():
+def keep_freed_memory():
     """Have malloc keep what is freed: else each step gives its tensors back, and takes them again page by page."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt, trim_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -4  # <malloc.h>

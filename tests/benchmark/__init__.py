@@ -1,1 +1,5 @@
-"""Speed against torchvision and timm, measured in turns in one process each: python -m tests.benchmark --help"""
+"""Speed, against the peers: python -m tests.benchmark. See README.md here."""
+
+from common import input
+
+input.import_torchvision()  # before timm, which imports it without our help

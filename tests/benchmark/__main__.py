@@ -5,7 +5,6 @@ import importlib
 import os
 import sys
 
-from common import input
 from tests.benchmark import measure
 
 COMPARISONS = {
@@ -24,7 +23,6 @@ def main():
     parser.add_argument("names", nargs="*", help=text + ". step.MnasNet is one network of `step`")
     parser.add_argument("--compile", action="store_true", help="`step` also times torch.compile of the others")
     args = parser.parse_args()
-    input.import_torchvision()
     os.environ["PYTHON"] = sys.executable  # for the scripts
     print(measure.machine(), flush=True)
     for name in args.names or COMPARISONS:

@@ -16,7 +16,7 @@ IMAGES, BATCH, WORKERS = 128, 64, 2
 
 
 def ours(folder, weights):
-    """Return (a function that measures Acc@1 as main.py does, its Acc@1 as a list)."""
+    """Return a function that measures Acc@1 as main.py does."""
     with imported("SPNASNet_100", "main") as main:
         options = ["--data", folder, "--evaluate", "--device", "cpu", "--workers", str(WORKERS)]
         args = main.parse_args(options + ["--batch-size", str(BATCH), "--pretrained", weights])
@@ -29,12 +29,11 @@ def ours(folder, weights):
             batches=lambda loader: loader.batches(),
             evaluation=lambda epoch, loader, counts: (100 * counts[0].item() / len(loader),),
         )
-        accuracies = []
-        return lambda: accuracies.append(main.evaluate(loader, model, card, log, 0)), accuracies
+        return lambda: main.evaluate(loader, model, card, log, 0)
 
 
 def timms(folder, weights):
-    """Return the loop of timm's validate.py, which its package lacks, and its Acc@1 as a list."""
+    """Return the loop of timm's validate.py, which its package lacks; it returns Acc@1."""
     model = timm.create_model("spnasnet_100").eval()
     model.load_state_dict(torch.load(weights))
     loader = timm.data.create_loader(
@@ -47,7 +46,6 @@ def timms(folder, weights):
         device=torch.device("cpu"),
         persistent_workers=True,
     )
-    accuracies = []
 
     def measure_accuracy():
         correct = count = 0
@@ -57,9 +55,9 @@ def timms(folder, weights):
                 torch.nn.functional.cross_entropy(logits, targets)
                 correct += timm.utils.accuracy(logits, targets, topk=(1, 5))[0].item() * len(targets)
                 count += len(targets)
-        accuracies.append(correct / count)
+        return correct / count
 
-    return measure_accuracy, accuracies
+    return measure_accuracy
 
 
 def run(rounds=3):
@@ -70,11 +68,8 @@ def run(rounds=3):
         weights = os.path.join(folder, "weights.pth")
         torch.manual_seed(0)
         torch.save(timm.create_model("spnasnet_100").state_dict(), weights)
-        (our_form, our_results), (their_form, their_results) = ours(folder, weights), timms(folder, weights)
-        seconds = measure.in_turns({"ours": our_form, "timm's validate": their_form}, rounds)
-    print(
-        measure.table(
-            ["SPNASNet_100, evaluation", "images/s", "ours is faster by"], measure.rates(seconds, IMAGES, "ours")
-        )
-    )
-    print("\nAcc@1 {:.3f} and {:.3f}".format(our_results[-1], their_results[-1]))
+        forms = {"ours": (ours, folder, weights), "timm's validate": (timms, folder, weights)}
+        turns = measure.in_turns(forms, rounds)
+    rows = measure.rates(turns, IMAGES, "ours")
+    print(measure.table(["SPNASNet_100, evaluation", "images/s", "ours is faster by"], rows))
+    print("\nAcc@1 {:.3f} and {:.3f}".format(*(turn.result for turn in turns.values())))

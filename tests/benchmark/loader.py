@@ -3,15 +3,16 @@
 import io
 import random
 import tempfile
-import time
 import types
 
 import numpy as np
 import timm.data
 import torch
+import torchvision
 from PIL import Image
+from torchvision import transforms
 
-from common import input, pack
+from common import device, input, pack
 from common.decode import EncodedImage, RandomResizedCrop
 from common.ranks import Ranks
 from tests.benchmark import data, measure
@@ -22,20 +23,20 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def ours(folder):
     """Return a function that takes an epoch from the bundles' loader."""
-    device = types.SimpleNamespace(
+    torch.set_num_threads(1)
+    device.keep_freed_memory()
+    card = types.SimpleNamespace(
         torch_device=torch.device("cpu"), ranks=Ranks(), likes_channels_last=True, upload=torch.Tensor.clone
     )
     args = types.SimpleNamespace(batch_size=BATCH, workers=WORKERS, seed=0, max_bad_images=0.0)
     images = input.ImageFolder(folder, "train")
-    loader = input.Loader(device, images, RandomResizedCrop(SIZE), args, MEAN, STD, training=True)
+    loader = input.Loader(card, images, RandomResizedCrop(SIZE), args, MEAN, STD, training=True)
     return lambda: sum(len(targets) for _, targets in loader.batches())
 
 
 def torchvisions(folder):
     """Return a function that takes an epoch from the pipeline of pytorch/examples."""
-    torchvision = input.import_torchvision()
-    from torchvision import transforms
-
+    torch.set_num_threads(1)
     steps = [transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip()]
     steps += [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
     images = torchvision.datasets.ImageFolder(folder + "/train", transforms.Compose(steps))
@@ -46,6 +47,7 @@ def torchvisions(folder):
 
 def timms(folder):
     """Return a function that takes an epoch from timm's loader: uint8 collate, normalised behind the workers."""
+    torch.set_num_threads(1)
     loader = timm.data.create_loader(
         timm.data.create_dataset("", folder + "/train"),
         input_size=(3, SIZE, SIZE),
@@ -80,22 +82,16 @@ def crop_difference(files):
 
 def run(rounds=4):
     """Print the table."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         data.write(folder, "train", 8, IMAGES)
         pack.main([folder, folder + "-packed"])
-        forms = {"ours": ours(folder), "ours, packed at 256 pixels": ours(folder + "-packed")}
-        forms.update({"torchvision": torchvisions(folder), "timm": timms(folder)})
-        for clock, unit in (
-            (measure.cpu_seconds, "images per second of processor time"),
-            (time.perf_counter, "images/s"),
-        ):
-            seconds = measure.in_turns(forms, rounds, clock=clock)
-            rows = []
-            for name, value in seconds.items():
-                ratios = ["{:.2f}".format(seconds[peer] / value) for peer in ("torchvision", "timm")]
-                rows.append([name, "{:.0f}".format(IMAGES / value), *ratios])
-            print(measure.table(["loader, two workers", unit, "x torchvision", "x timm"], rows) + "\n")
-    torch.set_num_threads(threads)
+        forms = {"ours": (ours, folder), "ours, packed at 256 pixels": (ours, folder + "-packed")}
+        turns = measure.in_turns(dict(forms, torchvision=(torchvisions, folder), timm=(timms, folder)), rounds)
+    for unit, clock in (("images per second of processor time", "cpu_seconds"), ("images/s", "seconds")):
+        seconds = {name: getattr(turn, clock) for name, turn in turns.items()}
+        rows = []
+        for name, value in seconds.items():
+            ratios = ["{:.2f}".format(seconds[peer] / value) for peer in ("torchvision", "timm")]
+            rows.append([name, "{:.0f}".format(IMAGES / value), *ratios])
+        print(measure.table(["loader, two workers", unit, "x torchvision", "x timm"], rows) + "\n")
     print("Crops of equal boxes differ from PIL's by {:.3f} of 255 on average.".format(crop_difference(32)))

@@ -1,5 +1,7 @@
-"""Timing in turns, and the tables that come of it."""
+"""Timing in turns, each form in a process of its own, and the tables that come of it."""
 
+import collections
+import multiprocessing
 import os
 import statistics
 import time
@@ -8,8 +10,10 @@ import torch
 
 from common.device import processor_name
 
+Turn = collections.namedtuple("Turn", "seconds cpu_seconds result")
 
-def cpu_seconds():
+
+def _cpu_seconds():
     """Return the processor time that this process and its children have used so far, threads and system included."""
     total = 0
     for task in os.listdir("/proc/self/task"):
@@ -20,24 +24,50 @@ def cpu_seconds():
     return total + time.process_time()
 
 
-def in_turns(forms, rounds, warm_up=1, clock=time.perf_counter):
-    """Call each function of `forms` (a dict) once per round, all in turn; return {name: median seconds by `clock`}."""
-    seconds = {name: [] for name in forms}
-    for number in range(rounds + warm_up):
-        for name, function in forms.items():
-            started = clock()
-            function()
-            if number >= warm_up:
-                seconds[name].append(clock() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+def _serve(connection, build, arguments):
+    multiprocessing.set_start_method("fork", force=True)  # for data-loading workers, as in any other program
+    form = build(*arguments)
+    while True:
+        connection.recv()
+        started, cpu_started = time.perf_counter(), _cpu_seconds()
+        result = form()
+        connection.send(Turn(time.perf_counter() - started, _cpu_seconds() - cpu_started, result))
 
 
-def rates(seconds, images, ours):
+def in_turns(forms, rounds, warm_up=1):
+    """Time `forms`, a dict {name: (build, *arguments)}; return {name: `Turn`}: median times and the last result.
+
+    `build(*arguments)` is called in a new process and returns the function to time, which is called once a round, all
+    in turn. So what a form changes in its process, such as what malloc does with freed memory, helps no other.
+    """
+    spawn, served, turns = multiprocessing.get_context("spawn"), {}, {name: [] for name in forms}
+    for name, (build, *arguments) in forms.items():
+        connection, its_end = spawn.Pipe()
+        served[name] = connection, spawn.Process(target=_serve, args=(its_end, build, arguments))
+        served[name][1].start()
+        its_end.close()
+    try:
+        for _ in range(warm_up + rounds):
+            for name, (connection, _) in served.items():
+                connection.send("your turn")
+                turns[name].append(connection.recv())
+    finally:
+        for _, process in served.values():
+            process.kill()
+    medians = {}
+    for name, taken in turns.items():
+        seconds, cpu_seconds, results = zip(*taken[warm_up:])
+        medians[name] = Turn(statistics.median(seconds), statistics.median(cpu_seconds), results[-1])
+    return medians
+
+
+def rates(turns, images, ours):
     """Return rows [name, images/s, ours / theirs] of `in_turns`' result for `images` images a turn."""
-    return [
-        [name, "{:.1f}".format(images / value), "" if name == ours else "{:.2f}".format(value / seconds[ours])]
-        for name, value in seconds.items()
-    ]
+    rows = []
+    for name, turn in turns.items():
+        faster_by = "" if name == ours else "{:.2f}".format(turn.seconds / turns[ours].seconds)
+        rows.append([name, "{:.1f}".format(images / turn.seconds), faster_by])
+    return rows
 
 
 def table(headers, rows):

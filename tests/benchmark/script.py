@@ -11,12 +11,10 @@ from tests.bundles import ROOT
 BATCH, STEPS, ROUNDS = 16, 30, 3
 
 BARE = """
-import sys, time, torch
-from common import input
-input.import_torchvision()
-from tests.benchmark.step import ours
-images, targets = torch.randn({batch}, 3, 224, 224), torch.randint(1000, ({batch},))
-step, _ = ours("{bundle}", {batch}, images, targets, ())
+import time
+from tests.benchmark import step
+step.NETWORKS["{bundle}"] = {batch}, 224, 0, "", ()
+step = step.ours("{bundle}")
 for number in range({steps}):
     if number == 5:
         started = time.perf_counter()

@@ -1,13 +1,13 @@
 """Training steps on the CPU: ours, and torchvision's or timm's network of the same name in its usual forms."""
 
 import contextlib
-import copy
 
 import timm
 import torch
+import torchvision
 from torch.nn.functional import cross_entropy
 
-from common import device, input
+from common import device
 from tests.benchmark import measure
 from tests.bundles import imported
 
@@ -21,16 +21,26 @@ NETWORKS = {
 }
 
 
-def ours(bundle, batch, images, targets, options):
-    """Return (a function that does one step as main.py does, the network as torch has it)."""
+def sample(bundle):
+    """Return random images and targets of the size that the bundle is timed with."""
+    batch, side, *_ = NETWORKS[bundle]
+    return torch.randn(batch, 3, side, side), torch.randint(1000, (batch,))
+
+
+def our_network(bundle, *options):
+    """Return (args, device, network) as main.py makes them, and its module."""
     with imported(bundle, "main") as main:
-        args = main.parse_args(["--device", "cpu", "--synthetic", "--amp", "--batch-size", str(batch), *options])
+        args = main.parse_args(["--device", "cpu", "--synthetic", *NETWORKS[bundle][4], *options])
         card = device.Device(args)
-        model = main.build_model(args, 1000, None, card, None)
-        optimizer, _ = main.build_optimizer(args, card, model)
-        stock_args = main.parse_args(["--device", "cpu", "--synthetic", "--memory-format", "contiguous", *options])
-        stock = main.build_model(stock_args, 1000, None, device.Device(stock_args), None)
+        return args, card, main.build_model(args, 1000, None, card, None), main
+
+
+def ours(bundle):
+    """Return a function that does one step as main.py does."""
+    args, card, model, main = our_network(bundle, "--amp")
+    optimizer, _ = main.build_optimizer(args, card, model)
     precision = device.Precision(card, args, model, optimizer)
+    images, targets = sample(bundle)
     images = card.prepare(images)
 
     def step():
@@ -38,14 +48,26 @@ def ours(bundle, batch, images, targets, options):
             loss = cross_entropy(model.train()(images), targets)
         precision.step(loss, optimizer)
 
-    return step, stock
+    return step
 
 
-def theirs(model, images, targets, adam, channels_last=False, bfloat16=False, compiled=False):
-    """Return a function that does one step of `model` in torch's own way."""
-    model.train()
+def their_network(bundle):
+    """Return the peer's network, without pretrained weights."""
+    owner = NETWORKS[bundle][3]
+    if owner == "timm":
+        return timm.create_model({"SPNASNet_100": "spnasnet_100", "PnasNet5Large": "pnasnet5large"}[bundle])
+    if owner == "torchvision":
+        zoo = torchvision.models
+        return zoo.mnasnet1_0() if bundle == "MnasNet" else zoo.shufflenet_v2_x1_0()
+    return our_network(bundle, "--memory-format", "contiguous")[2]
+
+
+def theirs(bundle, channels_last=False, bfloat16=False, compiled=False):
+    """Return a function that does one step of the peer's network in torch's own way."""
+    model, (images, targets) = their_network(bundle).train(), sample(bundle)
     if channels_last:
         model, images = (item.to(memory_format=torch.channels_last) for item in (model, images))
+    adam = bundle == "SPACH-SMLP"
     optimizer = torch.optim.AdamW(model.parameters()) if adam else torch.optim.SGD(model.parameters(), 0.01, 0.9)
     mixed = torch.autocast("cpu", dtype=torch.bfloat16) if bfloat16 else contextlib.nullcontext()
     forward = torch.compile(model) if compiled else model
@@ -60,29 +82,17 @@ def theirs(model, images, targets, adam, channels_last=False, bfloat16=False, co
     return step
 
 
-def build(owner, bundle, stock):
-    """Return a function that builds the peer's network, without pretrained weights."""
-    if owner == "timm":
-        return lambda: timm.create_model({"SPNASNet_100": "spnasnet_100", "PnasNet5Large": "pnasnet5large"}[bundle])
-    if owner == "torchvision":
-        zoo = input.import_torchvision().models
-        return zoo.mnasnet1_0 if bundle == "MnasNet" else zoo.shufflenet_v2_x1_0
-    return lambda: copy.deepcopy(stock)
-
-
 def run(bundle=None, compiled=False):
     """Print a table for `bundle`, or for each; `compiled` adds torch.compile, which takes minutes to start."""
     for name in [bundle] if bundle else NETWORKS:
-        batch, side, rounds, owner, options = NETWORKS[name]
-        images, targets = torch.randn(batch, 3, side, side), torch.randint(1000, (batch,))
-        our_step, stock = ours(name, batch, images, targets, options)
-        make, adam = build(owner, name, stock), name == "SPACH-SMLP"
-        forms = {"ours": our_step}
-        forms[owner + ", default"] = theirs(make(), images, targets, adam)
-        forms[owner + ", channels_last"] = theirs(make(), images, targets, adam, True)
-        forms[owner + ", channels_last, bfloat16"] = theirs(make(), images, targets, adam, True, True)
+        batch, side, rounds, owner, _ = NETWORKS[name]
+        forms = {"ours": (ours, name)}
+        forms[owner + ", default"] = theirs, name
+        forms[owner + ", channels_last"] = theirs, name, True
+        forms[owner + ", channels_last, bfloat16"] = theirs, name, True, True
         if compiled:
-            forms[owner + ", the same compiled"] = theirs(make(), images, targets, adam, True, True, True)
+            forms[owner + ", channels_last, compiled"] = theirs, name, True, False, True
+            forms[owner + ", channels_last, bfloat16, compiled"] = theirs, name, True, True, True
         rows = measure.rates(measure.in_turns(forms, rounds), batch, "ours")
         headers = ["{}, batch {}, {} pixels".format(name, batch, side), "images/s", "ours is faster by"]
         print(measure.table(headers, rows) + "\n", flush=True)
