@@ -1,5 +1,6 @@
-// Training BatchNorm of bfloat16 images in channels_last memory, and the ReLU behind it, in as few passes over memory
-// as it takes: three when forward, five when back, where torch's two layers take fourteen. A row is a pixel.
+// Training BatchNorm of images in channels_last memory, and the ReLU behind it, in as few passes over memory as it
+// takes: three when forward, five when back, where torch's two layers take fourteen. A row is a pixel.
+// The images are bfloat16, or with -DFLOAT32 float.
 
 #include <math.h>
 #include <omp.h>
@@ -7,27 +8,32 @@
 #include <stdlib.h>
 #include <string.h>
 
-typedef uint16_t bfloat16;
-
-enum { BLOCK = 32 }; // rows whose mean and squares are taken at once, while they are in the cache
+enum { BLOCK = 32 }; // rows that are summed up at once: they stay in the cache, and float has digits enough for them
 enum { MEAN, INVERSE, SCALE, SHIFT, SAVED }; // what `forward` leaves: 1 / deviation, and y = x * scale + shift
 
-static inline float wide(bfloat16 number) {
-    const uint32_t bits = (uint32_t)number << 16;
+#ifdef FLOAT32
+typedef float number;
+static inline float wide(number given) { return given; }
+static inline number narrow(float given) { return given; }
+#else
+typedef uint16_t number;
+static inline float wide(number given) {
+    const uint32_t bits = (uint32_t)given << 16;
     float result;
     memcpy(&result, &bits, sizeof result);
     return result;
 }
 
-static inline bfloat16 narrow(float number) { // to the nearest, ties to even; NaN stays NaN
+static inline number narrow(float given) { // to the nearest, ties to even; NaN stays NaN
     uint32_t bits;
-    memcpy(&bits, &number, sizeof bits);
+    memcpy(&bits, &given, sizeof bits);
     const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (bfloat16)rounded;
+    return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (number)rounded;
 }
+#endif
 
 // Add the means of `count` rows, and their squared distances from them, to those of the `before` rows (Chan et al., 1979).
-static void add_block(const bfloat16 *restrict x, long count, long before, long channels, float *restrict mean,
+static void add_block(const number *restrict x, long count, long before, long channels, float *restrict mean,
                       float *restrict squares, float *restrict block_mean, float *restrict block_squares) {
     memset(block_mean, 0, channels * sizeof(float));
     memset(block_squares, 0, channels * sizeof(float));
@@ -49,7 +55,7 @@ static void add_block(const bfloat16 *restrict x, long count, long before, long 
 
 // y = relu?(normalised x); updates the running statistics and fills `saved`, float [SAVED * channels].
 // Returns 0, or -1 where there is no memory.
-int forward(const bfloat16 *restrict x, bfloat16 *restrict y, const float *restrict weight, const float *restrict bias,
+int forward(const number *restrict x, number *restrict y, const float *restrict weight, const float *restrict bias,
             float *restrict running_mean, float *restrict running_variance, float *restrict saved, long rows,
             long channels, long relu, float momentum, float epsilon, long threads) {
     float *parts = calloc(4 * threads * channels, sizeof(float));
@@ -85,8 +91,8 @@ int forward(const bfloat16 *restrict x, bfloat16 *restrict y, const float *restr
     const float low = relu ? 0 : -INFINITY;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long row = 0; row < rows; row++) {
-        const bfloat16 *restrict p = x + row * channels;
-        bfloat16 *restrict q = y + row * channels;
+        const number *restrict p = x + row * channels;
+        number *restrict q = y + row * channels;
         for (long c = 0; c < channels; c++) {
             const float value = wide(p[c]) * scale[c] + shift[c];
             q[c] = narrow(value < low ? low : value); // NaN passes
@@ -96,35 +102,45 @@ int forward(const bfloat16 *restrict x, bfloat16 *restrict y, const float *restr
 }
 
 // The gradients of x, weight and bias, from that of y. Returns 0, or -1 where there is no memory.
-int backward(const bfloat16 *restrict x, const bfloat16 *restrict y_gradient, bfloat16 *restrict x_gradient,
+int backward(const number *restrict x, const number *restrict y_gradient, number *restrict x_gradient,
              const float *restrict saved, float *restrict weight_gradient, float *restrict bias_gradient, long rows,
              long channels, long relu, long threads) {
     const float *restrict mean = saved + MEAN * channels, *restrict inverse = saved + INVERSE * channels;
     const float *restrict scale = saved + SCALE * channels, *restrict shift = saved + SHIFT * channels;
     const float low = relu ? 0 : -INFINITY;
     const long share = (rows + threads - 1) / threads;
-    float *parts = calloc(2 * (threads + 1) * channels, sizeof(float));
-    if (!parts) return -1;
+    double *sums = calloc(2 * threads * channels, sizeof(double)); // of each thread, and then of products
+    float *parts = malloc(2 * threads * channels * sizeof(float));
+    if (!sums || !parts) {
+        free(sums);
+        free(parts);
+        return -1;
+    }
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (long t = 0; t < threads; t++) {
-        float *restrict sums = parts + 2 * t * channels, *restrict products = sums + channels;
+        double *restrict own_sums = sums + 2 * t * channels;
+        float *restrict block_sum = parts + 2 * t * channels, *restrict block_product = block_sum + channels;
         const long last = (t + 1) * share < rows ? (t + 1) * share : rows;
-        for (long row = t * share; row < last; row++) {
-            const bfloat16 *restrict p = x + row * channels, *restrict g = y_gradient + row * channels;
-            for (long c = 0; c < channels; c++) {
-                const float value = wide(p[c]), given = wide(g[c]);
-                const float gradient = value * scale[c] + shift[c] > low ? given : 0;
-                sums[c] += gradient;
-                products[c] += gradient * (value - mean[c]);
+        for (long first = t * share; first < last; first += BLOCK) {
+            memset(block_sum, 0, 2 * channels * sizeof(float));
+            for (long row = first; row < first + BLOCK && row < last; row++) {
+                const number *restrict p = x + row * channels, *restrict g = y_gradient + row * channels;
+                for (long c = 0; c < channels; c++) {
+                    const float value = wide(p[c]), given = wide(g[c]);
+                    const float gradient = value * scale[c] + shift[c] > low ? given : 0;
+                    block_sum[c] += gradient;
+                    block_product[c] += gradient * (value - mean[c]);
+                }
             }
+            for (long c = 0; c < 2 * channels; c++) own_sums[c] += block_sum[c];
         }
     }
-    float *restrict of_x = parts + 2 * threads * channels, *restrict constant = of_x + channels;
+    float *restrict of_x = parts, *restrict constant = of_x + channels;
     for (long c = 0; c < channels; c++) {
         double sum = 0, product = 0;
         for (long t = 0; t < threads; t++) {
-            sum += parts[2 * t * channels + c];
-            product += parts[(2 * t + 1) * channels + c];
+            sum += sums[2 * t * channels + c];
+            product += sums[(2 * t + 1) * channels + c];
         }
         bias_gradient[c] = sum;
         weight_gradient[c] = product * inverse[c];
@@ -133,14 +149,15 @@ int backward(const bfloat16 *restrict x, const bfloat16 *restrict y_gradient, bf
     }
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long row = 0; row < rows; row++) {
-        const bfloat16 *restrict p = x + row * channels, *restrict g = y_gradient + row * channels;
-        bfloat16 *restrict q = x_gradient + row * channels;
+        const number *restrict p = x + row * channels, *restrict g = y_gradient + row * channels;
+        number *restrict q = x_gradient + row * channels;
         for (long c = 0; c < channels; c++) {
             const float value = wide(p[c]), given = wide(g[c]);
             const float gradient = value * scale[c] + shift[c] > low ? given : 0;
             q[c] = narrow(gradient * scale[c] + value * of_x[c] + constant[c]);
         }
     }
+    free(sums);
     free(parts);
     return 0;
 }

@@ -1,8 +1,8 @@
-"""Faster BatchNorm on a CPU: for training in bfloat16 together with the ReLU behind it, for evaluation folded away.
+"""Faster BatchNorm on a CPU: for training together with the ReLU behind it, for evaluation folded away.
 
 In training both layers are bound by memory, and torch's take almost twice the passes over it that `batchnorm.c` takes.
-It is compiled at first use, by a C compiler with OpenMP, and kept in the user's cache. Without one, and in float32, the
-layers stay torch's.
+It is compiled at first use, by a C compiler with OpenMP, and kept in the user's cache. Without one the layers stay
+torch's.
 """
 
 import collections
@@ -19,7 +19,6 @@ import tempfile
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from common.files import cache_folder
 
@@ -32,23 +31,27 @@ _OPTIONS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-f
 _SAVED = 4  # floats per channel that `forward` leaves for `backward`
 
 
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
 @functools.lru_cache(maxsize=None)
-def compiled():
-    """Return the compiled `batchnorm.c`, or None where it cannot be compiled."""
+def compiled(dtype=torch.float32):
+    """Return `batchnorm.c` compiled for images of `dtype`, or None where it cannot be compiled."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None or not sys.platform.startswith("linux"):
         return None
+    kind = str(dtype).replace("torch.", "")
     source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "batchnorm.c")
     try:
         with open(source, "rb") as text, open("/proc/cpuinfo", "rb") as processor:
             features = next((line for line in processor if line.startswith((b"flags", b"Features"))), b"")
             key = hashlib.sha256(text.read() + features).hexdigest()[:16]  # a home may serve several machines
-        path = os.path.join(cache_folder(), "batchnorm-{}.so".format(key))
+        path = os.path.join(cache_folder(), "batchnorm-{}-{}.so".format(kind, key))
         if not os.path.exists(path):
             os.makedirs(cache_folder(), exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
                 part = os.path.join(folder, "part.so")
-                command = [compiler, *_OPTIONS, source, "-o", part, "-lm"]
+                command = [compiler, *_OPTIONS, "-D" + kind.upper(), source, "-o", part, "-lm"]
                 subprocess.run(command, check=True, stderr=subprocess.DEVNULL, timeout=60)
                 os.replace(part, path)
         return ctypes.CDLL(path)
@@ -72,7 +75,7 @@ class _Function(torch.autograd.Function):
         ctx.sizes = images.numel() // channels, channels, int(norm.relu)
         result, saved = torch.empty_like(images), weight.new_empty(_SAVED * channels)
         tensors = images, result, weight, bias, norm.running_mean, norm.running_var, saved
-        _call(compiled().forward, tensors, *ctx.sizes, norm.momentum, norm.eps)
+        _call(compiled(images.dtype).forward, tensors, *ctx.sizes, norm.momentum, norm.eps)
         ctx.save_for_backward(images, saved)
         return result
 
@@ -82,27 +85,26 @@ class _Function(torch.autograd.Function):
         images, saved = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         result, of_weight, of_bias = torch.empty_like(images), *saved.new_empty(2, ctx.sizes[1])
-        _call(compiled().backward, (images, gradient, result, saved, of_weight, of_bias), *ctx.sizes)
+        _call(compiled(images.dtype).backward, (images, gradient, result, saved, of_weight, of_bias), *ctx.sizes)
         return result, of_weight, of_bias, None
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """A `BatchNorm2d` that is faster under autocast; `relu`: it does the work of the ReLU behind it there."""
+    """A `BatchNorm2d` that is faster in training; `relu`: it does the work of the ReLU behind it there."""
 
     relu = False
 
     def forward(self, images):
-        if not torch.is_autocast_enabled("cpu"):
+        if not (self.training and self._takes(images)):
             return super().forward(images)
-        if self.training and self._takes(images):
-            self.num_batches_tracked.add_(1)
-            return _Function.apply(images, self.weight, self.bias, self)
-        images = super().forward(images)
-        return F.relu(images) if self.relu else images
+        self.num_batches_tracked.add_(1)
+        result = _Function.apply(images, self.weight, self.bias, self)
+        result.has_relu = self.relu
+        return result
 
     def _takes(self, images):
         return (
-            images.dtype == torch.bfloat16
+            images.dtype in _DTYPES
             and self.weight.dtype == torch.float32
             and images.is_contiguous(memory_format=torch.channels_last)
             and images.numel() > images.shape[1]  # else torch has an error to raise
@@ -111,10 +113,10 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class DoneReLU(nn.ReLU):
-    """The ReLU behind a `BatchNorm2d` with `relu`, which has done its work under autocast."""
+    """The ReLU behind a `BatchNorm2d` with `relu`, which has done its work in training."""
 
     def forward(self, images):
-        return images if torch.is_autocast_enabled("cpu") else super().forward(images)
+        return images if getattr(images, "has_relu", False) else super().forward(images)
 
 
 def _before(model, kind):

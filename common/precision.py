@@ -43,7 +43,7 @@ class Precision:
     """
 
     def __init__(self, device, args, model, optimizer):
-        """Choose what device and torch can do; apex changes `model` and `optimizer`, bfloat16 on a CPU `model`.
+        """Choose what device and torch can do; apex changes `model` and `optimizer`, `amp` on a CPU changes `model`.
 
         Args:
             device: the `common.device.Device`; what it cannot do is added to its remarks.
@@ -70,7 +70,7 @@ class Precision:
                 self._dtype = None
         elif self._dtype == torch.float16:
             self._scaler = self._build_scaler(_fixed_scale(args.loss_scale))
-        elif self._dtype is not None and device.type == "cpu" and not args.stock_layers:
+        elif wanted and device.type == "cpu" and not args.stock_layers:
             self._take_faster_layers(model)
         if fused_by_apex and self._apex is None:
             raise UserError("--fused-optimizer: apex has it only for --amp with --opt-level O1 or O2")
@@ -80,11 +80,12 @@ class Precision:
 
     def _take_faster_layers(self, model):
         if not (self._device.likes_channels_last and hasattr(torch, "get_autocast_dtype")):
-            return  # nor can a torch without that train in bfloat16 as fast
+            return  # they work on channels_last memory, and with this autocast of torch
         if batchnorm.compiled() is None:
             self._device.remarks.append("no C compiler (cc) with OpenMP is here: BatchNorm is torch's, and slower")
         batchnorm.speed_up(model)
-        convolution.speed_up(model)
+        if self._dtype == torch.bfloat16:
+            convolution.speed_up(model)
 
     @property
     def _is_native(self):
