@@ -12,7 +12,7 @@ from common.errors import UserError
 DYNAMIC = "dynamic"
 
 
-def _has_fast_bfloat16():
+def has_fast_bfloat16():
     """Return whether the processor multiplies bfloat16 in hardware; elsewhere it is slower than float32."""
     try:
         with open("/proc/cpuinfo") as file:
@@ -105,7 +105,7 @@ class Precision:
         if device.type == "cpu":
             if args.amp_dtype == "float16":
                 raise UserError("--amp-dtype float16 is for NPU and CUDA; a CPU takes bfloat16")
-            fast = hasattr(torch, "autocast") and _has_fast_bfloat16()
+            fast = hasattr(torch, "autocast") and has_fast_bfloat16()
             return torch.bfloat16 if args.amp_dtype == "bfloat16" or fast else None
         if args.amp_dtype == "bfloat16":
             supported = getattr(device._module, "is_bf16_supported", lambda: False)()
