@@ -8,7 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { BLOCK = 32 }; // rows that are summed up at once: they stay in the cache, and float has digits enough for them
+enum { BLOCK = 32 }; // rows whose mean and squares are taken at once, while they are in the cache
+enum { SUMMED = 256 }; // rows that float sums up; double sums up those sums
 enum { MEAN, INVERSE, SCALE, SHIFT, SAVED }; // what `forward` leaves: 1 / deviation, and y = x * scale + shift
 
 #ifdef FLOAT32
@@ -121,9 +122,9 @@ int backward(const number *restrict x, const number *restrict y_gradient, number
         double *restrict own_sums = sums + 2 * t * channels;
         float *restrict block_sum = parts + 2 * t * channels, *restrict block_product = block_sum + channels;
         const long last = (t + 1) * share < rows ? (t + 1) * share : rows;
-        for (long first = t * share; first < last; first += BLOCK) {
+        for (long first = t * share; first < last; first += SUMMED) {
             memset(block_sum, 0, 2 * channels * sizeof(float));
-            for (long row = first; row < first + BLOCK && row < last; row++) {
+            for (long row = first; row < first + SUMMED && row < last; row++) {
                 const number *restrict p = x + row * channels, *restrict g = y_gradient + row * channels;
                 for (long c = 0; c < channels; c++) {
                     const float value = wide(p[c]), given = wide(g[c]);
