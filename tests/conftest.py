@@ -8,6 +8,9 @@ import sys
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: threads of tests side by side would wait for each other's
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from tests import sample_data
 from tests.bundles import ROOT
 

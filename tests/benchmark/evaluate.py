@@ -12,7 +12,7 @@ from common import device, safe_load
 from tests.benchmark import data, measure
 from tests.bundles import imported
 
-IMAGES, BATCH, WORKERS = 128, 64, 2
+CLASSES, IMAGES, BATCH, WORKERS = 8, 128, 64, 2
 
 
 def ours(folder, weights):
@@ -23,7 +23,7 @@ def ours(folder, weights):
         card = device.Device(args)
         _, loader = main.build_loaders(args, card, None)
         model = main.build_model(
-            args, 1000, safe_load.read(weights), card, types.SimpleNamespace(line=lambda text: None)
+            args, CLASSES, safe_load.read(weights), card, types.SimpleNamespace(line=lambda text: None)
         )
         log = types.SimpleNamespace(
             batches=lambda loader: loader.batches(),
@@ -34,7 +34,7 @@ def ours(folder, weights):
 
 def timms(folder, weights):
     """Return the loop of timm's validate.py, which its package lacks; it returns Acc@1."""
-    model = timm.create_model("spnasnet_100").eval()
+    model = timm.create_model("spnasnet_100", num_classes=CLASSES).eval()
     model.load_state_dict(torch.load(weights))
     loader = timm.data.create_loader(
         timm.data.create_dataset("", folder + "/val"),
@@ -63,11 +63,11 @@ def timms(folder, weights):
 def run(rounds=3):
     """Print the table."""
     with tempfile.TemporaryDirectory() as folder:
-        data.write(folder, "train", 8, 8, files=8)
-        data.write(folder, "val", 8, IMAGES)
+        data.write(folder, "train", CLASSES, CLASSES, files=CLASSES)
+        data.write(folder, "val", CLASSES, IMAGES)
         weights = os.path.join(folder, "weights.pth")
         torch.manual_seed(0)
-        torch.save(timm.create_model("spnasnet_100").state_dict(), weights)
+        torch.save(timm.create_model("spnasnet_100", num_classes=CLASSES).state_dict(), weights)
         forms = {"ours": (ours, folder, weights), "timm's validate": (timms, folder, weights)}
         turns = measure.in_turns(forms, rounds)
     rows = measure.rates(turns, IMAGES, "ours")
