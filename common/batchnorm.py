@@ -29,13 +29,11 @@ except ImportError:
 
 _OPTIONS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
 _SAVED = 4  # floats per channel that `forward` leaves for `backward`
-
-
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
 @functools.lru_cache(maxsize=None)
-def compiled(dtype=torch.float32):
+def compiled(dtype):
     """Return `batchnorm.c` compiled for images of `dtype`, or None where it cannot be compiled."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None or not sys.platform.startswith("linux"):
@@ -144,9 +142,12 @@ def _before(model, kind):
 
 
 def speed_up(model):
-    """Give the model's BatchNorms and the ReLUs behind them their faster forms; return how many there were of each."""
-    if compiled() is None:
-        return 0, 0
+    """Give the model's BatchNorms and the ReLUs behind them their faster forms; return how many there were of each.
+
+    None where `compiled` is None: the layers stay torch's.
+    """
+    if None in map(compiled, _DTYPES):
+        return None
     norms = {m for m in model.modules() if type(m) is nn.BatchNorm2d and m.affine and m.track_running_stats}
     norms = {norm for norm in norms if norm.momentum is not None}
     pairs = {relu: before for relu, before in _before(model, nn.ReLU).items() if before <= norms}

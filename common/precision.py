@@ -81,9 +81,8 @@ class Precision:
     def _take_faster_layers(self, model):
         if not (self._device.likes_channels_last and hasattr(torch, "get_autocast_dtype")):
             return  # they work on channels_last memory, and with this autocast of torch
-        if batchnorm.compiled() is None:
+        if batchnorm.speed_up(model) is None:
             self._device.remarks.append("no C compiler (cc) with OpenMP is here: BatchNorm is torch's, and slower")
-        batchnorm.speed_up(model)
         if self._dtype == torch.bfloat16:
             convolution.speed_up(model)
 
