@@ -10,6 +10,7 @@ import copy
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import shutil
 import subprocess
@@ -29,7 +30,7 @@ except ImportError:
 
 _OPTIONS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
 _SAVED = 4  # floats per channel that `forward` leaves for `backward`
-_DTYPES = (torch.float32, torch.bfloat16)
+_LEAST = {torch.float32: 2**20, torch.bfloat16: 0}  # numbers in a batch: fewer in float32 stay in the cache
 
 
 @functools.lru_cache(maxsize=None)
@@ -102,7 +103,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def _takes(self, images):
         return (
-            images.dtype in _DTYPES
+            images.numel() >= _LEAST.get(images.dtype, math.inf)
             and self.weight.dtype == torch.float32
             and images.is_contiguous(memory_format=torch.channels_last)
             and images.numel() > images.shape[1]  # else torch has an error to raise
@@ -146,7 +147,7 @@ def speed_up(model):
 
     None where `compiled` is None: the layers stay torch's.
     """
-    if None in map(compiled, _DTYPES):
+    if None in map(compiled, _LEAST):
         return None
     norms = {m for m in model.modules() if type(m) is nn.BatchNorm2d and m.affine and m.track_running_stats}
     norms = {norm for norm in norms if norm.momentum is not None}
