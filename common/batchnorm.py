@@ -8,54 +8,27 @@ torch's.
 import collections
 import copy
 import ctypes
-import functools
-import hashlib
 import math
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from common.files import cache_folder
+from common.compiled import library
 
 try:
     from torch import fx
 except ImportError:
     fx = None
 
-_OPTIONS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
+_OPTIONS = ("-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-lm")
 _SAVED = 4  # floats per channel that `forward` leaves for `backward`
 _LEAST = {torch.float32: 2**20, torch.bfloat16: 0}  # numbers in a batch: fewer in float32 stay in the cache
 
 
-@functools.lru_cache(maxsize=None)
 def compiled(dtype):
     """Return `batchnorm.c` compiled for images of `dtype`, or None where it cannot be compiled."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None or not sys.platform.startswith("linux"):
-        return None
-    kind = str(dtype).replace("torch.", "")
-    source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "batchnorm.c")
-    try:
-        with open(source, "rb") as text, open("/proc/cpuinfo", "rb") as processor:
-            features = next((line for line in processor if line.startswith((b"flags", b"Features"))), b"")
-            key = hashlib.sha256(text.read() + features).hexdigest()[:16]  # a home may serve several machines
-        path = os.path.join(cache_folder(), "batchnorm-{}-{}.so".format(kind, key))
-        if not os.path.exists(path):
-            os.makedirs(cache_folder(), exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
-                part = os.path.join(folder, "part.so")
-                command = [compiler, *_OPTIONS, "-D" + kind.upper(), source, "-o", part, "-lm"]
-                subprocess.run(command, check=True, stderr=subprocess.DEVNULL, timeout=60)
-                os.replace(part, path)
-        return ctypes.CDLL(path)
-    except (OSError, subprocess.SubprocessError):
-        return None
+    return library("batchnorm", *_OPTIONS, "-D" + str(dtype).replace("torch.", "").upper())
 
 
 def _call(function, tensors, *numbers):

@@ -1,9 +1,11 @@
 """From the bytes of an image file to a uint8 crop: decode, crop, resize, flip.
 
-JPEG is decoded by simplejpeg where it can (the same pixels as PIL's, at twice the speed), everything else by PIL; the
-resize is torch's antialiased one on uint8 (equal to PIL's within one level), or PIL's where torch has none.
+Plain JPEG is decoded by `jpeg.c`, which does little more than the crop needs; where it cannot be compiled, or leaves a
+file to others, by simplejpeg; everything else by PIL. Their pixels are the same. The resize is torch's antialiased one
+on uint8 (equal to PIL's within one level), or PIL's where torch has none.
 """
 
+import ctypes
 import io
 import math
 import random
@@ -13,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from common.compiled import library
 from common.errors import UserError
 
 try:
@@ -80,7 +83,7 @@ class EncodedImage:
 
     def __init__(self, data):
         self._data = data
-        self._header = JpegHeader.parse(data) if simplejpeg is not None else None
+        self._header = JpegHeader.parse(data) if simplejpeg is not None or library("jpeg") is not None else None
         if self._header is not None:
             self.height, self.width = self._header.height, self._header.width
             limit = Image.MAX_IMAGE_PIXELS
@@ -90,55 +93,81 @@ class EncodedImage:
             self._image = Image.open(io.BytesIO(data))
             self.width, self.height = self._image.size
 
-    _memory = np.empty(0, dtype=np.uint8)  # of all images: fresh memory costs a tenth of the decoding
-
-    def rows(self, end):
-        """Return uint8 RGB pixels [rows, width, 3] as numpy; those below row `end` need not be there.
+    def pixels(self, box=None):
+        """Return uint8 RGB pixels [height, width, 3] of `box` (top, left, height, width), or of all, as numpy.
 
         They are overwritten by the next image.
         """
+        top, left, height, width = box = box or (0, 0, self.height, self.width)
         if self._header is not None:
-            try:
-                pixels = self._decode_jpeg(min(self.height, end + 2))
-            except ValueError:
-                pixels = None
-            if pixels is not None and pixels.shape[1] == self.width:
+            pixels = _decode_part(self._data, box)
+            if pixels is not None:
                 return pixels
-            self._image = Image.open(io.BytesIO(self._data))  # PIL has the last word on a damaged file
-        return np.array(self._image.convert("RGB"))
+            pixels = self._decode_rows(min(self.height, top + height + 2))
+            if pixels is None:  # PIL has the last word on a damaged file
+                self._image = Image.open(io.BytesIO(self._data))
+        if self._header is None or pixels is None:
+            pixels = np.array(self._image.convert("RGB"))
+        return pixels[top : top + height, left : left + width]
 
-    def _decode_jpeg(self, height):
+    def _decode_rows(self, height):
         """Return the first `height` rows (two more than are needed give the last one its chroma context), or None."""
-        size = height * self.width * 3
-        if EncodedImage._memory.size < size:
-            EncodedImage._memory = np.empty(size, dtype=np.uint8)
-        pixels = EncodedImage._memory[:size].reshape(height, self.width, 3)
-        if height == self.height:
-            return simplejpeg.decode_jpeg(self._data, "RGB", buffer=pixels, strict=True)
-        # libjpeg stops after the rows that the header promises, and warns of the rest of the file. So not strict: then
-        # damage shows as a last row that nobody has written.
-        data, at = bytearray(self._data), self._header.height_at
-        data[at], data[at + 1] = height >> 8, height & 255
-        pixels[-1] = 0
-        pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=pixels, strict=False)
-        return pixels if pixels[-1].any() else None
+        if simplejpeg is None:
+            return None
+        pixels = _memory(height * self.width * 3).reshape(height, self.width, 3)
+        try:
+            if height == self.height:
+                return simplejpeg.decode_jpeg(self._data, "RGB", buffer=pixels, strict=True)
+            # libjpeg stops after the rows that the header promises, and warns of the rest of the file. So not strict:
+            # then damage shows as a last row that nobody has written.
+            data, at = bytearray(self._data), self._header.height_at
+            data[at], data[at + 1] = height >> 8, height & 255
+            pixels[-1] = 0
+            pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=pixels, strict=False)
+        except ValueError:
+            return None
+        return pixels if pixels.shape[1] == self.width and pixels[-1].any() else None
 
 
-def resize(pixels, box, out, interpolation):
-    """Write the part `box` (top, left, height, width) of uint8 [H, W, 3] as numpy `pixels` into `out`, at its size.
+def _memory(size):
+    """Return uint8 [size], the same memory each time: fresh memory costs a tenth of the decoding."""
+    if _memory.held.size < size:
+        _memory.held = np.empty(size, dtype=np.uint8)
+    return _memory.held[:size]
+
+
+_memory.held = np.empty(0, dtype=np.uint8)
+
+
+def _decode_part(data, box):
+    """Return the pixels of `box` (top, left, height, width) of the JPEG file `data`, or None where others have to."""
+    compiled = library("jpeg")
+    if compiled is None:
+        return None
+    height, width = box[2:]
+    size = 3 * height * width
+    memory = _memory(size + len(data) + 3 * (height + 32) * (width + 32) + 4096)
+    pixels, scratch = memory.ctypes.data, memory.ctypes.data + size + size % 2
+    numbers = [ctypes.c_long(number) for number in (len(data), *box)]
+    pointers = [ctypes.c_void_p(address) for address in (pixels, scratch)]
+    if compiled.decode(data, *numbers, *pointers, ctypes.c_long(memory.size - size - size % 2)):
+        return None
+    return memory[:size].reshape(height, width, 3)
+
+
+def resize(pixels, out, interpolation):
+    """Write uint8 [H, W, 3] as numpy `pixels` into `out`, at its size.
 
     `out` is a contiguous uint8 tensor [height, width, 3].
     """
-    top, left, height, width = box
     if interpolation not in _TORCH_RESIZE:
-        corner_box = (left, top, left + width, top + height)
-        size = out.shape[1], out.shape[0]
-        image = Image.fromarray(pixels).resize(size, _PIL_FILTERS[interpolation], box=corner_box)
+        image = Image.fromarray(pixels).resize((out.shape[1], out.shape[0]), _PIL_FILTERS[interpolation])
         out.copy_(torch.from_numpy(np.array(image)))
         return
     # A sliced view costs the kernel 2.5 times as long as a copy of the slice.
-    part = torch.from_numpy(np.ascontiguousarray(pixels[top : top + height, left : left + width]))
-    image, result = (tensor.permute(2, 0, 1).unsqueeze(0) for tensor in (part, out))
+    image, result = (
+        tensor.permute(2, 0, 1).unsqueeze(0) for tensor in (torch.from_numpy(np.ascontiguousarray(pixels)), out)
+    )
     _TORCH_RESIZE[interpolation].out(image, list(out.shape[:2]), False, None, None, out=result)
 
 
@@ -182,7 +211,7 @@ class RandomResizedCrop:
         interpolation = self.interpolation
         if interpolation == "random":
             interpolation = random.choice(("bilinear", "bicubic"))
-        resize(image.rows(box[0] + box[2]), box, out, interpolation)
+        resize(image.pixels(box), out, interpolation)
         if flip:
             out.copy_(out.flip(1))
         if self.augment is not None:
@@ -201,8 +230,7 @@ class CenterCrop:
         """Write the transformed `image` (an `EncodedImage`) into `out`, a uint8 tensor [size, size, 3]."""
         shorter = min(image.height, image.width)
         height, width = (self.resize * side // shorter for side in (image.height, image.width))
-        whole = (0, 0, image.height, image.width)
         result = torch.empty(height, width, 3, dtype=torch.uint8)
-        resize(image.rows(image.height), whole, result, self.interpolation)
+        resize(image.pixels(), result, self.interpolation)
         top, left = round((height - self.size) / 2), round((width - self.size) / 2)
         out.copy_(result[top : top + self.size, left : left + self.size])

@@ -37,14 +37,14 @@ def smaller(data, size, quality):
     try:
         image = EncodedImage(data)
         shorter = min(image.height, image.width)
-        pixels = image.rows(image.height)
+        pixels = image.pixels()
     except Exception as error:  # decoders raise anything
         return data, "{}: {}".format(type(error).__name__, error)
     if shorter <= size:
         return data, None
     height, width = (round(side * size / shorter) for side in (image.height, image.width))
     result = torch.empty(height, width, 3, dtype=torch.uint8)
-    resize(pixels, (0, 0, image.height, image.width), result, "bicubic")
+    resize(pixels, result, "bicubic")
     file = io.BytesIO()
     Image.fromarray(result.numpy()).save(file, "JPEG", quality=quality)
     return file.getvalue(), None

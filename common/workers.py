@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from common.compiled import library
 from common.decode import EncodedImage
 from common.errors import UserError
 from common.ranks import STOP_SIGNALS, end_with_parent
@@ -94,6 +95,7 @@ def start(writer, requests, processes):
 
     The processes start with its first iteration, and serve the later ones too; with none of them this one decodes.
     """
+    library("jpeg")  # compiled here, and not in each of them
     options = {"num_workers": processes, "collate_fn": _as_is, "worker_init_fn": _start_worker}
     if processes:
         newer = {"prefetch_factor": _PREFETCH, "persistent_workers": True}
