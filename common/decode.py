@@ -6,6 +6,7 @@ on uint8 (equal to PIL's within one level), or PIL's where torch has none.
 """
 
 import ctypes
+import functools
 import io
 import math
 import random
@@ -83,7 +84,7 @@ class EncodedImage:
 
     def __init__(self, data):
         self._data = data
-        self._header = JpegHeader.parse(data) if simplejpeg is not None or library("jpeg") is not None else None
+        self._header = JpegHeader.parse(data) if simplejpeg is not None or _jpeg_decoder() is not None else None
         if self._header is not None:
             self.height, self.width = self._header.height, self._header.width
             limit = Image.MAX_IMAGE_PIXELS
@@ -139,20 +140,29 @@ def _memory(size):
 _memory.held = np.empty(0, dtype=np.uint8)
 
 
-def _decode_part(data, box):
-    """Return the pixels of `box` (top, left, height, width) of the JPEG file `data`, or None where others have to."""
+@functools.lru_cache(maxsize=None)
+def _jpeg_decoder():
+    """Return `decode` of `jpeg.c`, or None where it cannot be compiled."""
     compiled = library("jpeg")
     if compiled is None:
         return None
+    pointer = ctypes.c_void_p
+    compiled.decode.argtypes = [ctypes.c_char_p, *[ctypes.c_long] * 5, pointer, pointer, ctypes.c_long]
+    return compiled.decode
+
+
+def _decode_part(data, box):
+    """Return the pixels of `box` (top, left, height, width) of the JPEG file `data`, or None where others have to."""
+    decoder = _jpeg_decoder()
+    if decoder is None:
+        return None
     height, width = box[2:]
     size = 3 * height * width
-    memory = _memory(size + len(data) + 3 * (height + 32) * (width + 32) + 4096)
-    pixels, scratch = memory.ctypes.data, memory.ctypes.data + size + size % 2
-    numbers = [ctypes.c_long(number) for number in (len(data), *box)]
-    pointers = [ctypes.c_void_p(address) for address in (pixels, scratch)]
-    if compiled.decode(data, *numbers, *pointers, ctypes.c_long(memory.size - size - size % 2)):
-        return None
-    return memory[:size].reshape(height, width, 3)
+    start = size + size % 2  # of the memory to work in
+    memory = _memory(start + len(data) + 3 * (height + 32) * (width + 32) + 4096)
+    address = memory.ctypes.data
+    refused = decoder(data, len(data), *box, address, address + start, memory.size - start)
+    return None if refused else memory[:size].reshape(height, width, 3)
 
 
 def resize(pixels, out, interpolation):

@@ -5,6 +5,7 @@ import os
 import sys
 import time
 
+from common.compiled import library
 from common.device import describe_environment
 from common.epoch import Epoch
 from common.epoch import count_correct as count_correct  # the bundles take it from here
@@ -167,9 +168,10 @@ class Log:
         share = self._timed_wait / self._timed_seconds
         if share > INPUT_BOUND and self._timed_steps >= JUDGED_STEPS and not self._said_input_bound:
             self._said_input_bound = True
+            compiler = "" if library("jpeg") else "install a C compiler (cc) for faster decoding, "
             self.line(
-                "[Warning] waiting for data takes {:.0f} % of the time: raise --workers, or pack the data set "
-                "(python -m common.pack --help)".format(100 * share)
+                "[Warning] waiting for data takes {:.0f} % of the time: raise --workers, {}or pack the data set "
+                "(python -m common.pack --help)".format(100 * share, compiler)
             )
 
     def finish(self):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common import logger
 from common.device import Precision
 from common.logger import Log
 from common.metrics import Metrics
@@ -213,7 +214,9 @@ def test_tensorboard_has_the_curves(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("val/acc1")] == [(8, 70.0)]
 
 
-def test_a_run_that_waits_for_its_data_says_so_once(capsys):
+@pytest.mark.parametrize("decoder, cure", [("compiled", ""), (None, "install a C compiler (cc) for faster decoding, ")])
+def test_a_run_that_waits_for_its_data_says_so_once(decoder, cure, capsys, monkeypatch):
+    monkeypatch.setattr(logger, "library", lambda name: decoder)
     args = types.SimpleNamespace(print_freq=1, log_dir=None, log_id="0", tensorboard=False)
     log = Log(types.SimpleNamespace(ranks=Ranks()), args, "Network")
     log.timed(images=160, seconds=10.0, steps=10, wait=8.0)
@@ -221,7 +224,7 @@ def test_a_run_that_waits_for_its_data_says_so_once(capsys):
     for _ in range(3):
         log.timed(images=160, seconds=10.0, steps=10, wait=4.0)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "waiting for data" in line]
-    assert "takes 60 % of the time: raise --workers, or pack the data set" in line
+    assert "takes 60 % of the time: raise --workers, {}or pack the data set".format(cure) in line
     quiet = Log(log.device, args, "Network")
     quiet.timed(images=160, seconds=10.0, steps=100, wait=2.4)
     assert "waiting" not in capsys.readouterr().out
