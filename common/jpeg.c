@@ -91,7 +91,7 @@ static symbol long_code(const huffman *table, uint32_t code) {
 }
 
 typedef struct {
-    const uint8_t *at, *start, *end;
+    const uint8_t *at, *end;
     uint64_t window; // the next bits, the highest first
     int count;       // how many of them
 } bit_reader;
@@ -116,19 +116,19 @@ static inline symbol read_symbol(bit_reader *bits, const huffman *table, int *va
 
 // Read a block, and unless `block` is NULL its coefficients, times the quantiser, into it. Return 0 where it is wrong:
 // a code that is none, too many coefficients, or some beyond what eight bits of colour can give.
-static inline int read_block(bit_reader *bits, component *of, int32_t *block) {
+static inline int read_block(bit_reader *bits, component *from, int32_t *block) {
     int value, k = 0;
-    symbol found = read_symbol(bits, of->dc, &value);
-    of->prediction += value;
-    if (!found.bits || of->prediction < -MOST || of->prediction > MOST) return 0;
-    if (block) block[0] = of->prediction * of->quantiser[0];
+    symbol found = read_symbol(bits, from->dc, &value);
+    from->prediction += value;
+    if (!found.bits || from->prediction < -MOST || from->prediction > MOST) return 0;
+    if (block) block[0] = from->prediction * from->quantiser[0];
     uint32_t all = block ? block[0] + MOST : 0;
     while (k < 63) {
-        found = read_symbol(bits, of->ac, &value);
+        found = read_symbol(bits, from->ac, &value);
         k += found.skip;
         if (k > 63) return k >= END && found.bits && all < 2 * MOST;
         if (!block) continue;
-        block[ZIGZAG[k]] = value * of->quantiser[k]; // of value 0 where 16 zeros are skipped
+        block[ZIGZAG[k]] = value * from->quantiser[k]; // of value 0 where 16 zeros are skipped
         all |= block[ZIGZAG[k]] + MOST;
     }
     return all < 2 * MOST;
@@ -190,53 +190,61 @@ static inline void write_block(const int32_t *block, uint8_t *to, int stride) {
 
 // ---- The scan
 
-// Copy the segment that begins at `of->at` to `to`, without the zeros that are stuffed in; `of->at` is its end then.
-static bit_reader start_segment(image *of, uint8_t *to) {
-    bit_reader bits = {.at = to, .start = to};
-    while (of->at < of->end) {
-        const uint8_t *stop = memchr(of->at, 0xFF, of->end - of->at);
-        const long length = (stop ? stop : of->end) - of->at;
-        memcpy(to, of->at, length);
-        of->at += length;
+// Copy the segment that begins at `jpeg->at` to `to`, without the zeros that are stuffed in, and go to its end.
+static bit_reader start_segment(image *jpeg, uint8_t *to) {
+    bit_reader bits = {.at = to};
+    while (jpeg->at < jpeg->end) {
+        const uint8_t *stop = memchr(jpeg->at, 0xFF, jpeg->end - jpeg->at);
+        const long length = (stop ? stop : jpeg->end) - jpeg->at;
+        memcpy(to, jpeg->at, length);
+        jpeg->at += length;
         to += length;
-        if (of->end - of->at < 2 || of->at[1] != 0) break;
+        if (jpeg->end - jpeg->at < 2 || jpeg->at[1] != 0) break;
         *to++ = 0xFF;
-        of->at += 2;
+        jpeg->at += 2;
     }
     memset(to, 0, PADDING);
     bits.end = to;
-    for (int i = 0; i < 3; i++) of->components[i].prediction = 0;
+    for (int i = 0; i < 3; i++) jpeg->components[i].prediction = 0;
     return bits;
 }
 
+// Read a component's blocks of the MCU whose first one is at `top` and `left`. Return 0 where one is wrong.
+static int read_blocks(bit_reader *bits, component *c, int top, int left) {
+    for (int y = top; y < top + c->high; y++)
+        for (int x = left; x < left + c->wide; x++) {
+            if (y >= c->top && y < c->bottom && x >= c->left && x < c->right) {
+                int32_t block[64] = {0};
+                if (!read_block(bits, c, block)) return 0;
+                write_block(block, c->plane + (y - c->top) * 8 * c->stride + (x - c->left) * 8, c->stride);
+            } else if (!read_block(bits, c, NULL))
+                return 0;
+        }
+    return 1;
+}
+
 // Read the scan as far as it is needed into the components' planes. Return 0 where it is damaged.
-static int read_scan(image *of, uint8_t *segment) {
-    component *luminance = of->components;
-    const int across = (of->width - 1) / (8 * luminance->wide) + 1, down = (of->height - 1) / (8 * luminance->high) + 1;
-    int last_row = 0, last_column = 0, until_restart = of->interval, restarts = 0;
-    for (component *c = of->components; c < of->components + 3; c++) {
+static int read_scan(image *jpeg, uint8_t *segment) {
+    component *luminance = jpeg->components;
+    const int across = (jpeg->width - 1) / (8 * luminance->wide) + 1;
+    const int down = (jpeg->height - 1) / (8 * luminance->high) + 1;
+    int last_row = 0, last_column = 0, until_restart = jpeg->interval, restarts = 0;
+    for (component *c = jpeg->components; c < jpeg->components + 3; c++) {
         last_row = larger(last_row, (c->bottom - 1) / c->high);
         last_column = larger(last_column, (c->right - 1) / c->wide);
     }
-    bit_reader bits = start_segment(of, segment);
+    bit_reader bits = start_segment(jpeg, segment);
     for (int row = 0; row <= last_row; row++)
         for (int column = 0; column < (row < last_row ? across : last_column + 1); column++) {
-            if (of->interval && until_restart-- == 0) {
-                if (bits_left(&bits) >= 8 || of->end - of->at < 2 || of->at[1] != 0xD0 + (restarts++ & 7)) return 0;
-                of->at += 2;
-                bits = start_segment(of, segment);
-                until_restart = of->interval - 1;
+            if (jpeg->interval && until_restart-- == 0) {
+                if (bits_left(&bits) >= 8 || jpeg->end - jpeg->at < 2) return 0;
+                if (jpeg->at[1] != 0xD0 + (restarts++ & 7)) return 0;
+                jpeg->at += 2;
+                bits = start_segment(jpeg, segment);
+                until_restart = jpeg->interval - 1;
             }
-            for (component *c = of->components; c < of->components + 3; c++)
-                for (int i = 0; i < c->high * c->wide; i++) {
-                    const int y = row * c->high + i / c->wide, x = column * c->wide + i % c->wide;
-                    if (y >= c->top && y < c->bottom && x >= c->left && x < c->right) {
-                        int32_t block[64] = {0};
-                        if (!read_block(&bits, c, block)) return 0;
-                        write_block(block, c->plane + (y - c->top) * 8 * c->stride + (x - c->left) * 8, c->stride);
-                    } else if (!read_block(&bits, c, NULL))
-                        return 0;
-                }
+            for (component *c = jpeg->components; c < jpeg->components + 3; c++)
+                if (!read_blocks(&bits, c, row * c->high, column * c->wide)) return 0;
             if (bits_left(&bits) < 0) return 0;
         }
     return last_row < down - 1 || last_column < across - 1 || bits_left(&bits) < 8;
@@ -246,15 +254,15 @@ static int read_scan(image *of, uint8_t *segment) {
 
 // Return the values of chrominance for columns `left` to `left + width` of row `y`, between those of the file: 3/4 of
 // the nearest and 1/4 of the next one, in both directions. `row` and `sums` are memory for width + 4 values.
-static const uint8_t *chrominance(const image *of, const component *c, int y, int left, int width, uint8_t *row,
+static const uint8_t *chrominance(const image *jpeg, const component *c, int y, int left, int width, uint8_t *row,
                                   uint16_t *sums) {
-    const int halved = of->components->wide == 2, rows_halved = of->components->high == 2;
+    const int halved = jpeg->components->wide == 2, rows_halved = jpeg->components->high == 2;
     const int near_y = rows_halved ? y >> 1 : y;
-    const int far_y = rows_halved ? larger(0, smaller(near_y + (y & 1 ? 1 : -1), (of->height - 1) >> 1)) : y;
+    const int far_y = rows_halved ? larger(0, smaller(near_y + (y & 1 ? 1 : -1), (jpeg->height - 1) >> 1)) : y;
     const uint8_t *near = c->plane + (near_y - c->top * 8) * c->stride - c->left * 8;
     const uint8_t *far = c->plane + (far_y - c->top * 8) * c->stride - c->left * 8;
     if (!halved) return near + left;
-    const int first = left >> 1, last = (left + width - 1) >> 1, final = (of->width - 1) >> 1;
+    const int first = left >> 1, last = (left + width - 1) >> 1, final = (jpeg->width - 1) >> 1;
     const int even = rows_halved ? 8 : 7, odd = rows_halved ? 7 : 8; // libjpeg rounds so
     const int from = larger(first - 1, 0), to = smaller(last + 1, final);
     uint16_t *sum = sums + 1 - first; // sum[x] belongs to the file's column x
@@ -283,114 +291,118 @@ static void to_rgb(const uint8_t *restrict y, const uint8_t *restrict cb, const 
 
 // ---- The headers
 
-static int read_quantisers(image *of, const uint8_t *at, const uint8_t *end) {
+static int read_quantisers(image *jpeg, const uint8_t *at, const uint8_t *end) {
     for (; at < end; at += 65) {
         if (end - at < 65 || *at > 3) return 0; // 16 bit or none of the four
-        memcpy(of->quantisers[*at], at + 1, 64);
-        of->quantiser_defined[*at] = 1;
+        memcpy(jpeg->quantisers[*at], at + 1, 64);
+        jpeg->quantiser_defined[*at] = 1;
     }
     return 1;
 }
 
-static int read_tables(image *of, const uint8_t *at, const uint8_t *end) {
+static int read_tables(image *jpeg, const uint8_t *at, const uint8_t *end) {
     while (at < end) {
         if (end - at < 17 || at[0] & 0xEC) return 0;
         int all = 0;
         for (int i = 1; i <= 16; i++) all += at[i];
-        if (all > 256 || end - at < 17 + all || !build(&of->tables[at[0] >> 4][at[0] & 3], at + 1, at + 17, all))
+        if (all > 256 || end - at < 17 + all || !build(&jpeg->tables[at[0] >> 4][at[0] & 3], at + 1, at + 17, all))
             return 0;
         at += 17 + all;
     }
     return 1;
 }
 
-static int read_frame(image *of, const uint8_t *at, const uint8_t *end) {
-    if (end - at != 15 || at[0] != 8 || at[5] != 3 || of->width) return 0;
-    of->height = at[1] << 8 | at[2];
-    of->width = at[3] << 8 | at[4];
+static int read_frame(image *jpeg, const uint8_t *at, const uint8_t *end) {
+    if (end - at != 15 || at[0] != 8 || at[5] != 3 || jpeg->width) return 0;
+    jpeg->height = at[1] << 8 | at[2];
+    jpeg->width = at[3] << 8 | at[4];
     for (int i = 0; i < 3; i++) {
         const uint8_t *given = at + 6 + 3 * i;
-        component *c = of->components + i;
+        component *c = jpeg->components + i;
         *c = (component){.id = given[0], .wide = given[1] >> 4, .high = given[1] & 15};
         if (given[2] > 3) return 0;
-        c->quantiser = of->quantisers[given[2]];
-        if (!of->quantiser_defined[given[2]]) return 0;
+        c->quantiser = jpeg->quantisers[given[2]];
+        if (!jpeg->quantiser_defined[given[2]]) return 0;
     }
-    const component *c = of->components;
+    // Chrominance of two columns is not smoothed by libjpeg; positions in larger images may not fit into an int.
+    const int fits = jpeg->height > 0 && jpeg->width > 4 && (int64_t)jpeg->height * jpeg->width < 1 << 28;
+    const component *c = jpeg->components;
     const int plain = c[1].wide == 1 && c[1].high == 1 && c[2].wide == 1 && c[2].high == 1;
     const int halved = (c->wide == 1 && c->high == 1) || (c->wide == 2 && (c->high == 1 || c->high == 2));
     const int is_rgb = c[0].id == 'R' && c[1].id == 'G' && c[2].id == 'B';
-    return plain && halved && !is_rgb && of->height > 0 && of->width > 4; // libjpeg does not smooth chrominance of two columns
+    return plain && halved && !is_rgb && fits;
 }
 
-static int read_scan_header(image *of, const uint8_t *at, const uint8_t *end) {
-    if (!of->width || end - at != 10 || at[0] != 3 || at[7] != 0 || at[8] != 63 || at[9] != 0) return 0;
+static int read_scan_header(image *jpeg, const uint8_t *at, const uint8_t *end) {
+    if (!jpeg->width || end - at != 10 || at[0] != 3 || at[7] != 0 || at[8] != 63 || at[9] != 0) return 0;
     for (int i = 0; i < 3; i++) {
-        component *c = of->components + i;
+        component *c = jpeg->components + i;
         const int dc = at[2 + 2 * i] >> 4, ac = at[2 + 2 * i] & 15;
         if (at[1 + 2 * i] != c->id || dc > 3 || ac > 3) return 0;
-        c->dc = &of->tables[0][dc];
-        c->ac = &of->tables[1][ac];
+        c->dc = &jpeg->tables[0][dc];
+        c->ac = &jpeg->tables[1][ac];
         if (!c->dc->defined || !c->dc->for_dc || !c->ac->defined) return 0;
     }
     return 1;
 }
 
 // Read all that stands before the first scan's data. Return 0 for what this decoder leaves to another.
-static int read_headers(image *of) {
-    if (of->end - of->at < 2 || of->at[0] != 0xFF || of->at[1] != 0xD8) return 0;
-    of->at += 2;
-    while (of->end - of->at >= 4) {
-        const uint8_t *at = of->at + 4, *end = of->at + 2 + (of->at[2] << 8 | of->at[3]);
-        if (of->at[0] != 0xFF || end < at || end > of->end) return 0;
-        const int marker = of->at[1];
-        of->at = end;
+static int read_headers(image *jpeg) {
+    if (jpeg->end - jpeg->at < 2 || jpeg->at[0] != 0xFF || jpeg->at[1] != 0xD8) return 0;
+    jpeg->at += 2;
+    while (jpeg->end - jpeg->at >= 4) {
+        const uint8_t *at = jpeg->at + 4, *end = jpeg->at + 2 + (jpeg->at[2] << 8 | jpeg->at[3]);
+        if (jpeg->at[0] != 0xFF || end < at || end > jpeg->end) return 0;
+        const int marker = jpeg->at[1];
+        jpeg->at = end;
         int fine = (marker & 0xF0) == 0xE0 || marker == 0xFE; // an application's segment, a comment
         if (marker == 0xEE && end - at >= 12 && !memcmp(at, "Adobe", 5)) fine = at[11] == 1; // YCbCr
-        if (marker == 0xDB) fine = read_quantisers(of, at, end);
-        if (marker == 0xC4) fine = read_tables(of, at, end);
-        if (marker == 0xC0 || marker == 0xC1) fine = read_frame(of, at, end);
-        if (marker == 0xDD && (fine = end - at == 2)) of->interval = at[0] << 8 | at[1];
-        if (marker == 0xDA) return read_scan_header(of, at, end);
+        if (marker == 0xDB) fine = read_quantisers(jpeg, at, end);
+        if (marker == 0xC4) fine = read_tables(jpeg, at, end);
+        if (marker == 0xC0 || marker == 0xC1) fine = read_frame(jpeg, at, end);
+        if (marker == 0xDD && (fine = end - at == 2)) jpeg->interval = at[0] << 8 | at[1];
+        if (marker == 0xDA) return read_scan_header(jpeg, at, end);
         if (!fine) return 0;
     }
     return 0;
 }
 
-// Write the rectangle's pixels to `rgb`, [height, width, 3]. `scratch` is memory to work in.
-// Return 0, or 1 where another decoder has to: the file is of another kind, or damaged, or `scratch` is too small.
-int decode(const uint8_t *file, long size, long top, long left, long height, long width, uint8_t *rgb, uint8_t *scratch,
-           long scratch_size) {
-    image of;
-    memset(of.quantiser_defined, 0, sizeof of.quantiser_defined);
-    for (int i = 0; i < 8; i++) of.tables[i / 4][i % 4].defined = 0;
-    of.at = file;
-    of.end = file + size;
-    of.width = of.interval = 0;
-    if (!read_headers(&of)) return 1;
-    if (top < 0 || left < 0 || height < 1 || width < 1 || top + height > of.height || left + width > of.width) return 1;
-
+// Find out which blocks the rectangle needs, and give their values a place in `scratch`. Return how long it is.
+static long place_planes(image *jpeg, int top, int left, int height, int width, uint8_t *scratch) {
     long needed = 0;
     for (int i = 0; i < 3; i++) {
-        component *c = of.components + i;
-        const int halved = i && of.components->wide == 2, rows_halved = i && of.components->high == 2;
-        const int last_x = ((left + width - 1) >> halved) + halved, last_y = ((top + height - 1) >> rows_halved) + rows_halved;
+        component *c = jpeg->components + i;
+        // Chrominance between those of the file needs their neighbours.
+        const int halved = i && jpeg->components->wide == 2, rows_halved = i && jpeg->components->high == 2;
+        const int last_x = ((left + width - 1) >> halved) + halved;
+        const int last_y = ((top + height - 1) >> rows_halved) + rows_halved;
         c->left = larger((left >> halved) - halved, 0) / 8;
         c->top = larger((top >> rows_halved) - rows_halved, 0) / 8;
-        c->right = smaller(last_x, (of.width - 1) >> halved) / 8 + 1;
-        c->bottom = smaller(last_y, (of.height - 1) >> rows_halved) / 8 + 1;
+        c->right = smaller(last_x, (jpeg->width - 1) >> halved) / 8 + 1;
+        c->bottom = smaller(last_y, (jpeg->height - 1) >> rows_halved) / 8 + 1;
         c->stride = (c->right - c->left) * 8;
         c->plane = scratch + needed;
         needed += (long)c->stride * (c->bottom - c->top) * 8;
     }
-    uint16_t *sums = (uint16_t *)(scratch + needed);
-    uint8_t *rows = scratch + needed + 2 * (width + 4), *segment = rows + 2 * (width + 4);
-    if (segment - scratch + size + PADDING > scratch_size || !read_scan(&of, segment)) return 1;
+    return needed;
+}
 
-    const component *c = of.components;
+// Write the rectangle's pixels to `rgb`, [height, width, 3]. `scratch` is memory to work in, at an even address.
+// Return 0, or 1 where another decoder has to: the file is of another kind, or damaged, or `scratch` is too small.
+int decode(const uint8_t *file, long size, long top, long left, long height, long width, uint8_t *rgb, uint8_t *scratch,
+           long scratch_size) {
+    image jpeg = {.at = file, .end = file + size};
+    if (!read_headers(&jpeg) || top < 0 || left < 0 || height < 1 || width < 1) return 1;
+    if (top + height > jpeg.height || left + width > jpeg.width) return 1;
+
+    uint16_t *sums = (uint16_t *)(scratch + place_planes(&jpeg, top, left, height, width, scratch));
+    uint8_t *blue = (uint8_t *)(sums + width + 4), *red = blue + width + 4, *segment = red + width + 4;
+    if (segment - scratch + size + PADDING > scratch_size || !read_scan(&jpeg, segment)) return 1;
+
+    const component *c = jpeg.components;
     for (int y = top; y < top + height; y++, rgb += 3 * width) {
-        const uint8_t *cb = chrominance(&of, c + 1, y, left, width, rows, sums);
-        const uint8_t *cr = chrominance(&of, c + 2, y, left, width, rows + width + 4, sums);
+        const uint8_t *cb = chrominance(&jpeg, c + 1, y, left, width, blue, sums);
+        const uint8_t *cr = chrominance(&jpeg, c + 2, y, left, width, red, sums);
         to_rgb(c->plane + (y - c->top * 8) * c->stride + left - c->left * 8, cb, cr, rgb, width);
     }
     return 0;
