@@ -1,14 +1,20 @@
-"""Faster convolutions for training on a CPU in bfloat16: depthwise gradients and 1x1, where oneDNN is slow.
+"""Faster convolutions for training on a CPU, where oneDNN is slow: depthwise gradients, and in bfloat16 1x1.
 
-Depthwise: oneDNN has fast weight gradients for kernels up to three columns wide that are no larger than the map. Wider
-ones are put together from pieces of three columns, each at its own offset of the padded input. The input gradient is
-a forward convolution with the flipped kernel; at stride 2 zeros are put between the gradient's pixels.
+Depthwise in float32: both gradients of kernels wider than three columns come from `depthwise.c`, compiled at first use.
+
+Depthwise in bfloat16: oneDNN has fast weight gradients for kernels up to three columns wide that are no larger than the
+map. Wider ones are put together from pieces of three columns, each at its own offset of the padded input. The input
+gradient is a forward convolution with the flipped kernel; at stride 2 zeros are put between the gradient's pixels.
 
 1x1: a matrix product of pixels and channels, 1.2 to 8 times as fast where the channels are not few.
 """
 
+import ctypes
+
 import torch
 from torch.nn import functional as F
+
+from common.compiled import library
 
 FEW_CHANNELS = 100  # below, a 1x1 convolution is faster than the product
 
@@ -79,6 +85,37 @@ class _DepthwiseFunction(torch.autograd.Function):
         return images_gradient, weight_gradient, None, None
 
 
+def compiled():
+    """Return `depthwise.c` compiled, or None where it cannot be compiled."""
+    return library("depthwise", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
+
+
+class _FloatDepthwiseFunction(_DepthwiseFunction):
+    @staticmethod
+    def backward(ctx, gradient):
+        images, weight = ctx.saved_tensors
+        images, gradient = (item.contiguous(memory_format=torch.channels_last) for item in (images, gradient))
+        (batch, channels, *size), kernel = images.shape, weight.shape[-1]
+        of_images, of_weight = torch.empty_like(images), weight.new_zeros(batch, kernel * kernel, channels)
+        tensors = images, gradient, weight.flatten(1).t().contiguous(), of_images, of_weight
+        numbers = batch, *size, channels, *gradient.shape[2:], ctx.padding[0], kernel, ctx.stride[0]
+        arguments = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+        arguments += [ctypes.c_long(number) for number in (*numbers, torch.get_num_threads())]
+        if compiled().backward(*arguments):
+            raise MemoryError("depthwise convolution")
+        return of_images, of_weight.sum(0).t().reshape(weight.shape), None, None
+
+
+class FloatDepthwiseConv2d(torch.nn.Conv2d):
+    """A depthwise `Conv2d` with the gradients of `depthwise.c` in float32."""
+
+    def forward(self, images):
+        usable = torch.is_grad_enabled() and images.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        if not usable or torch.compiler.is_compiling():
+            return super().forward(images)
+        return _FloatDepthwiseFunction.apply(images, self.weight, self.stride, self.padding)
+
+
 class DepthwiseConv2d(torch.nn.Conv2d):
     """A depthwise `Conv2d` with the gradients above in bfloat16; in float32 it stays torch's, digit for digit."""
 
@@ -101,24 +138,30 @@ class PointwiseConv2d(torch.nn.Conv2d):
         return F.linear(pixels, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
-def speed_up(model):
-    """Give the model's depthwise and 1x1 convolutions their faster forms; returns how many there were."""
+def speed_up(model, dtype):
+    """Give the model's convolutions their faster forms for training in `dtype`; return how many there were."""
     count = 0
     for module in model.modules():
-        if type(module) is not torch.nn.Conv2d:
-            continue
-        size, channels = module.kernel_size, module.in_channels
-        if (
-            module.groups == channels == module.out_channels
-            and size in ((3, 3), (5, 5), (7, 7))
-            and module.stride in ((1, 1), (2, 2))
-            and module.dilation == (1, 1)
-            and module.bias is None
-        ):
-            module.__class__ = DepthwiseConv2d
-        elif size == (1, 1) and module.groups == 1 and module.padding == (0, 0) and channels >= FEW_CHANNELS:
-            module.__class__ = PointwiseConv2d
-        else:
-            continue
-        count += 1
+        kind = _faster_form(module, dtype) if type(module) is torch.nn.Conv2d else None
+        if kind is not None:
+            module.__class__ = kind
+            count += 1
     return count
+
+
+def _faster_form(layer, dtype):
+    size, channels = layer.kernel_size, layer.in_channels
+    if (
+        layer.groups == channels == layer.out_channels
+        and size in ((3, 3), (5, 5), (7, 7))
+        and layer.stride in ((1, 1), (2, 2))
+        and layer.dilation == (1, 1)
+        and layer.padding[0] == layer.padding[1]
+        and layer.bias is None
+    ):
+        if dtype == torch.bfloat16:
+            return DepthwiseConv2d
+        return FloatDepthwiseConv2d if size > (3, 3) and compiled() else None
+    if dtype == torch.bfloat16 and size == (1, 1) and layer.groups == 1 and layer.padding == (0, 0):
+        return PointwiseConv2d if channels >= FEW_CHANNELS else None
+    return None

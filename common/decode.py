@@ -83,7 +83,7 @@ class EncodedImage:
     """
 
     def __init__(self, data):
-        self._data = data
+        self._data, self._image = data, None
         self._header = JpegHeader.parse(data) if simplejpeg is not None or _jpeg_decoder() is not None else None
         if self._header is not None:
             self.height, self.width = self._header.height, self._header.width
@@ -100,16 +100,15 @@ class EncodedImage:
         They are overwritten by the next image.
         """
         top, left, height, width = box = box or (0, 0, self.height, self.width)
+        rows = None
         if self._header is not None:
-            pixels = _decode_part(self._data, box)
-            if pixels is not None:
-                return pixels
-            pixels = self._decode_rows(min(self.height, top + height + 2))
-            if pixels is None:  # PIL has the last word on a damaged file
-                self._image = Image.open(io.BytesIO(self._data))
-        if self._header is None or pixels is None:
-            pixels = np.array(self._image.convert("RGB"))
-        return pixels[top : top + height, left : left + width]
+            part = _decode_part(self._data, box)
+            if part is not None:
+                return part
+            rows = self._decode_rows(min(self.height, top + height + 2))
+        if rows is None:  # no JPEG, or a damaged one: PIL has the last word
+            rows = np.array((self._image or Image.open(io.BytesIO(self._data))).convert("RGB"))
+        return rows[top : top + height, left : left + width]
 
     def _decode_rows(self, height):
         """Return the first `height` rows (two more than are needed give the last one its chroma context), or None."""
@@ -174,10 +173,8 @@ def resize(pixels, out, interpolation):
         image = Image.fromarray(pixels).resize((out.shape[1], out.shape[0]), _PIL_FILTERS[interpolation])
         out.copy_(torch.from_numpy(np.array(image)))
         return
-    # A sliced view costs the kernel 2.5 times as long as a copy of the slice.
-    image, result = (
-        tensor.permute(2, 0, 1).unsqueeze(0) for tensor in (torch.from_numpy(np.ascontiguousarray(pixels)), out)
-    )
+    pixels = torch.from_numpy(np.ascontiguousarray(pixels))  # a slice costs the kernel 2.5 times as long as its copy
+    image, result = (tensor.permute(2, 0, 1).unsqueeze(0) for tensor in (pixels, out))
     _TORCH_RESIZE[interpolation].out(image, list(out.shape[:2]), False, None, None, out=result)
 
 

@@ -82,9 +82,8 @@ class Precision:
         if not (self._device.likes_channels_last and hasattr(torch, "get_autocast_dtype")):
             return  # they work on channels_last memory, and with this autocast of torch
         if batchnorm.speed_up(model) is None:
-            self._device.remarks.append("no C compiler (cc) with OpenMP is here: BatchNorm is torch's, and slower")
-        if self._dtype == torch.bfloat16:
-            convolution.speed_up(model)
+            self._device.remarks.append("no C compiler (cc) with OpenMP is here: what needs it is torch's, and slower")
+        convolution.speed_up(model, self._dtype or torch.float32)
 
     @property
     def _is_native(self):

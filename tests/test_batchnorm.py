@@ -113,7 +113,7 @@ def test_a_network_keeps_its_state_and_its_function(bundle):
         stock = getattr(models, BUILDERS[bundle])(10, **options).to(memory_format=torch.channels_last)
     fast = copy.deepcopy(stock)
     norms, relus = batchnorm.speed_up(fast)
-    convolution.speed_up(fast)
+    convolution.speed_up(fast, torch.bfloat16)
     assert norms == sum(type(module) is nn.BatchNorm2d for module in stock.modules()) > 0
     assert (relus > 0) == (bundle in ("MnasNet", "SPNASNet_100", "ShuffleNetV2"))
     assert list(fast.state_dict()) == list(stock.state_dict())
@@ -174,7 +174,7 @@ def test_an_evaluation_without_norms_gives_the_same_logits(bundle, sped_up):
             nn.init.uniform_(norm.bias, -0.1, 0.1)
     if sped_up:
         batchnorm.speed_up(model)
-        convolution.speed_up(model)
+        convolution.speed_up(model, torch.bfloat16)
     before = copy.deepcopy(model.state_dict())
     images = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
     with torch.no_grad():

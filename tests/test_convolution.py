@@ -1,6 +1,7 @@
 """The faster convolutions and their gradients are torch's own."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -32,12 +33,40 @@ def test_depthwise_gradients_equal_torchs(kernel, stride, side, padding, dtype, 
         assert (ours.double() - reference).norm() <= tolerance * reference.norm()
 
 
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler is here")
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("channels", [5, 24, 58])
+@pytest.mark.parametrize("kernel, stride", [(5, 1), (5, 2), (7, 1), (7, 2)])
+def test_gradients_in_float32_equal_torchs(kernel, stride, channels, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    torch.manual_seed(0)
+    for height, width, padding in [(side, side, kernel // 2) for side in (1, 2, 4, 7, 21)] + [(9, 16, 1), (16, 9, 2)]:
+        stock = torch.nn.Conv2d(channels, channels, kernel, stride, padding, groups=channels, bias=False)
+        fast = copy.deepcopy(stock)
+        assert convolution.speed_up(fast, torch.float32) == 1 and type(fast) is convolution.FloatDepthwiseConv2d
+        images, results = torch.randn(4, channels, height, width).to(memory_format=torch.channels_last), []
+        for layer, dtype in ((stock.double(), torch.float64), (fast, torch.float32)):
+            x = images.to(dtype).requires_grad_()
+            y = layer(x)
+            weights = torch.cos(torch.arange(y.numel())).view(y.shape).to(dtype)
+            results.append([y, *torch.autograd.grad(y, (x, layer.weight), weights)])
+        for theirs, ours in zip(*results):
+            assert ours.dtype == torch.float32 and ours.shape == theirs.shape
+            assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
+
+
+def test_what_torch_does_as_fast_in_float32_stays_torchs():
+    layers = [torch.nn.Conv2d(128, 128, 3, padding=1, groups=128, bias=False), torch.nn.Conv2d(128, 128, 1)]
+    layers += [torch.nn.Conv2d(128, 128, 5, groups=64, bias=False), torch.nn.Conv2d(8, 8, 5, groups=8)]
+    assert convolution.speed_up(torch.nn.Sequential(*layers), torch.float32) == 0
+
+
 @pytest.mark.parametrize("stride, bias", [(1, False), (1, True), (2, False)])
 def test_products_equal_1x1_convolutions(stride, bias):
     torch.manual_seed(0)
     stock = torch.nn.Conv2d(128, 32, 1, stride, bias=bias).to(memory_format=torch.channels_last)
     fast = copy.deepcopy(stock)
-    assert convolution.speed_up(fast) == 1 and type(fast) is convolution.PointwiseConv2d
+    assert convolution.speed_up(fast, torch.bfloat16) == 1 and type(fast) is convolution.PointwiseConv2d
     images = torch.randn(4, 128, 7, 7).to(memory_format=torch.channels_last)
     results = []
     for module in (stock, fast):
@@ -56,7 +85,7 @@ def test_a_model_keeps_its_state_and_its_function():
     with imported("MnasNet") as models:
         model = models.mnasnet0_5(10).eval()
     fast = copy.deepcopy(model)
-    assert convolution.speed_up(fast) == 17 + 11  # depthwise; 1x1 with 100 channels or more
+    assert convolution.speed_up(fast, torch.bfloat16) == 17 + 11  # depthwise; 1x1 with 100 channels or more
     assert list(fast.state_dict()) == list(model.state_dict())
     images = torch.randn(2, 3, 64, 64)
     assert torch.equal(fast(images), model(images))
@@ -71,7 +100,7 @@ def test_gradients_of_a_model_in_bfloat16_are_as_near_to_float32_as_torchs():
     for mixed, fast in ((False, False), (True, False), (True, True)):
         changed = copy.deepcopy(model)
         if fast:
-            convolution.speed_up(changed)
+            convolution.speed_up(changed, torch.bfloat16)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
             loss = torch.nn.functional.cross_entropy(changed(images), targets)
         loss.backward()
