@@ -9,7 +9,9 @@
 #include <string.h>
 
 enum { BLOCK = 32 }; // rows whose mean and squares are taken at once, while they are in the cache
+enum { ROWS = 4 }; // that are added up in registers
 enum { SUMMED = 256 }; // rows that float sums up; double sums up those sums
+enum { LINE = 16 }; // floats of a cache line
 enum { MEAN, INVERSE, SCALE, SHIFT, SAVED }; // what `forward` leaves: 1 / deviation, and y = x * scale + shift
 
 #ifdef FLOAT32
@@ -33,19 +35,59 @@ static inline number narrow(float given) { // to the nearest, ties to even; NaN 
 }
 #endif
 
-// Add the means of `count` rows, and their squared distances from them, to those of the `before` rows (Chan et al., 1979).
+// The next three add up some rows; the sums are loaded and stored once for all of them.
+
+static inline void add_values(const number *restrict x, const int rows, long channels, float *restrict sums) {
+    for (long c = 0; c < channels; c++) {
+        float sum = 0;
+        for (int row = 0; row < rows; row++) sum += wide(x[row * channels + c]);
+        sums[c] += sum;
+    }
+}
+
+static inline void add_squares(const number *restrict x, const int rows, long channels, const float *restrict mean,
+                               float *restrict sums) {
+    for (long c = 0; c < channels; c++) {
+        float sum = 0;
+        for (int row = 0; row < rows; row++) {
+            const float distance = wide(x[row * channels + c]) - mean[c];
+            sum += distance * distance;
+        }
+        sums[c] += sum;
+    }
+}
+
+static inline void add_gradients(const number *restrict x, const number *restrict gradients, const int rows,
+                                 long channels, const float *restrict saved, float low, float *restrict sums,
+                                 float *restrict products) {
+    const float *restrict mean = saved + MEAN * channels;
+    const float *restrict scale = saved + SCALE * channels, *restrict shift = saved + SHIFT * channels;
+    for (long c = 0; c < channels; c++) {
+        float sum = 0, product = 0;
+        for (int row = 0; row < rows; row++) {
+            const float value = wide(x[row * channels + c]), given = wide(gradients[row * channels + c]);
+            const float gradient = value * scale[c] + shift[c] > low ? given : 0;
+            sum += gradient;
+            product += gradient * (value - mean[c]);
+        }
+        sums[c] += sum;
+        products[c] += product;
+    }
+}
+
+// Add the means of `count` rows, and their squared distances from them, to those of the `before` rows (Chan et al.,
+// 1979).
 static void add_block(const number *restrict x, long count, long before, long channels, float *restrict mean,
                       float *restrict squares, float *restrict block_mean, float *restrict block_squares) {
     memset(block_mean, 0, channels * sizeof(float));
     memset(block_squares, 0, channels * sizeof(float));
-    for (long row = 0; row < count; row++)
-        for (long c = 0; c < channels; c++) block_mean[c] += wide(x[row * channels + c]);
+    long row = 0;
+    for (; row + ROWS <= count; row += ROWS) add_values(x + row * channels, ROWS, channels, block_mean);
+    for (; row < count; row++) add_values(x + row * channels, 1, channels, block_mean);
     for (long c = 0; c < channels; c++) block_mean[c] /= count;
-    for (long row = 0; row < count; row++)
-        for (long c = 0; c < channels; c++) {
-            const float distance = wide(x[row * channels + c]) - block_mean[c];
-            block_squares[c] += distance * distance;
-        }
+    for (row = 0; row + ROWS <= count; row += ROWS)
+        add_squares(x + row * channels, ROWS, channels, block_mean, block_squares);
+    for (; row < count; row++) add_squares(x + row * channels, 1, channels, block_mean, block_squares);
     const float share = (float)count / (before + count), weight = (float)before * share;
     for (long c = 0; c < channels; c++) {
         const float distance = block_mean[c] - mean[c];
@@ -59,12 +101,13 @@ static void add_block(const number *restrict x, long count, long before, long ch
 int forward(const number *restrict x, number *restrict y, const float *restrict weight, const float *restrict bias,
             float *restrict running_mean, float *restrict running_variance, float *restrict saved, long rows,
             long channels, long relu, float momentum, float epsilon, long threads) {
-    float *parts = calloc(4 * threads * channels, sizeof(float));
+    const long apart = 4 * channels + LINE; // what threads write to shares no cache line
+    float *parts = calloc(threads * apart, sizeof(float));
     if (!parts) return -1;
     const long share = ((rows + threads - 1) / threads + BLOCK - 1) / BLOCK * BLOCK;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (long t = 0; t < threads; t++) {
-        float *own = parts + 4 * t * channels;
+        float *own = parts + t * apart;
         const long first = t * share, last = first + share < rows ? first + share : rows;
         for (long row = first; row < last; row += BLOCK)
             add_block(x + row * channels, last - row < BLOCK ? last - row : BLOCK, row - first, channels, own,
@@ -75,7 +118,7 @@ int forward(const number *restrict x, number *restrict y, const float *restrict 
     for (long c = 0; c < channels; c++) {
         double all = 0, squares = 0, done = 0;
         for (long t = 0; t < threads && t * share < rows; t++) {
-            const float *own = parts + 4 * t * channels;
+            const float *own = parts + t * apart;
             const double count = (t + 1) * share < rows ? share : rows - t * share, distance = own[c] - all;
             squares += own[channels + c] + distance * distance * done * count / (done + count);
             all += distance * count / (done + count);
@@ -110,8 +153,9 @@ int backward(const number *restrict x, const number *restrict y_gradient, number
     const float *restrict scale = saved + SCALE * channels, *restrict shift = saved + SHIFT * channels;
     const float low = relu ? 0 : -INFINITY;
     const long share = (rows + threads - 1) / threads;
-    double *sums = calloc(2 * threads * channels, sizeof(double)); // of each thread, and then of products
-    float *parts = malloc(2 * threads * channels * sizeof(float));
+    const long apart = 2 * channels + LINE;
+    double *sums = calloc(threads * apart, sizeof(double)); // of each thread, and then of products
+    float *parts = malloc(threads * apart * sizeof(float));
     if (!sums || !parts) {
         free(sums);
         free(parts);
@@ -119,20 +163,17 @@ int backward(const number *restrict x, const number *restrict y_gradient, number
     }
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (long t = 0; t < threads; t++) {
-        double *restrict own_sums = sums + 2 * t * channels;
-        float *restrict block_sum = parts + 2 * t * channels, *restrict block_product = block_sum + channels;
+        double *restrict own_sums = sums + t * apart;
+        float *restrict block_sum = parts + t * apart, *restrict block_product = block_sum + channels;
         const long last = (t + 1) * share < rows ? (t + 1) * share : rows;
         for (long first = t * share; first < last; first += SUMMED) {
             memset(block_sum, 0, 2 * channels * sizeof(float));
-            for (long row = first; row < first + SUMMED && row < last; row++) {
-                const number *restrict p = x + row * channels, *restrict g = y_gradient + row * channels;
-                for (long c = 0; c < channels; c++) {
-                    const float value = wide(p[c]), given = wide(g[c]);
-                    const float gradient = value * scale[c] + shift[c] > low ? given : 0;
-                    block_sum[c] += gradient;
-                    block_product[c] += gradient * (value - mean[c]);
-                }
-            }
+            const long end = first + SUMMED < last ? first + SUMMED : last;
+            long at = first * channels;
+            for (; at + ROWS * channels <= end * channels; at += ROWS * channels)
+                add_gradients(x + at, y_gradient + at, ROWS, channels, saved, low, block_sum, block_product);
+            for (; at < end * channels; at += channels)
+                add_gradients(x + at, y_gradient + at, 1, channels, saved, low, block_sum, block_product);
             for (long c = 0; c < 2 * channels; c++) own_sums[c] += block_sum[c];
         }
     }
@@ -140,8 +181,8 @@ int backward(const number *restrict x, const number *restrict y_gradient, number
     for (long c = 0; c < channels; c++) {
         double sum = 0, product = 0;
         for (long t = 0; t < threads; t++) {
-            sum += sums[2 * t * channels + c];
-            product += sums[(2 * t + 1) * channels + c];
+            sum += sums[t * apart + c];
+            product += sums[t * apart + channels + c];
         }
         bias_gradient[c] = sum;
         weight_gradient[c] = product * inverse[c];
