@@ -1,6 +1,6 @@
 """Faster convolutions for training on a CPU, where oneDNN is slow: depthwise gradients, and in bfloat16 1x1.
 
-Depthwise in float32: both gradients of kernels wider than three columns come from `depthwise.c`, compiled at first use.
+Depthwise in float32: both gradients come from `depthwise.c`, compiled at first use.
 
 Depthwise in bfloat16: oneDNN has fast weight gradients for kernels up to three columns wide that are no larger than the
 map. Wider ones are put together from pieces of three columns, each at its own offset of the padded input. The input
@@ -161,7 +161,7 @@ def _faster_form(layer, dtype):
     ):
         if dtype == torch.bfloat16:
             return DepthwiseConv2d
-        return FloatDepthwiseConv2d if size > (3, 3) and compiled() else None
+        return FloatDepthwiseConv2d if compiled() else None
     if dtype == torch.bfloat16 and size == (1, 1) and layer.groups == 1 and layer.padding == (0, 0):
         return PointwiseConv2d if channels >= FEW_CHANNELS else None
     return None

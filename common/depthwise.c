@@ -77,6 +77,8 @@ static void do_channels(const convolution *c, long n, long y, lanes *memory, con
             do_row(c, n, y, first, memory, WIDTH, known_kernel, known_stride);                                         \
         if (first < c->channels) do_row(c, n, y, first, memory, c->channels - first, known_kernel, known_stride);      \
     }
+    FORM(3, 1)
+    FORM(3, 2)
     FORM(5, 1)
     FORM(5, 2)
     FORM(7, 1)

@@ -9,7 +9,15 @@ from tests.benchmark import measure
 BATCH, ROUNDS = 32, 15
 NORMS = ((32, 112), (48, 112), (72, 56), (240, 28), (480, 14), (1152, 7))  # channels, side
 # Channels, side, kernel, stride.
-DEPTHWISE = ((72, 56, 5, 2), (120, 28, 5, 1), (240, 28, 5, 2), (480, 14, 5, 1), (1152, 7, 5, 1), (108, 42, 7, 1))
+DEPTHWISE = (
+    (32, 112, 3, 1),
+    (576, 14, 3, 2),
+    (72, 56, 5, 2),
+    (120, 28, 5, 1),
+    (480, 14, 5, 1),
+    (1152, 7, 5, 1),
+    (108, 42, 7, 1),
+)
 
 
 def _in_memory(*shape, dtype):
