@@ -6,7 +6,7 @@ from torch import nn
 from common import batchnorm, convolution, device
 from tests.benchmark import measure
 
-BATCH, ROUNDS = 32, 15
+BATCH, ROUNDS, PASSES = 32, 5, 10  # passes in a round: the first one after a pause is slow
 NORMS = ((32, 112), (48, 112), (72, 56), (240, 28), (480, 14), (1152, 7))  # channels, side
 # Channels, side, kernel, stride.
 DEPTHWISE = (
@@ -34,9 +34,10 @@ def norm(fast, channels, side):
         batchnorm.speed_up(layers)
 
     def run():
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            result = layers(images)
-        torch.autograd.grad(result, [images, *layers.parameters()], gradient)
+        for _ in range(PASSES):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                result = layers(images)
+            torch.autograd.grad(result, [images, *layers.parameters()], gradient)
 
     return run
 
@@ -52,7 +53,8 @@ def depthwise(fast, channels, side, kernel, stride):
     gradient = _in_memory(*result.shape[1:], dtype=torch.float32)
 
     def run():
-        torch.autograd.grad(result, [images, layer.weight], gradient, retain_graph=True)
+        for _ in range(PASSES):
+            torch.autograd.grad(result, [images, layer.weight], gradient, retain_graph=True)
 
     return run
 
@@ -62,7 +64,7 @@ def _compare(build, title, shapes, label):
     for shape in shapes:
         forms = {name: (build, name == "ours", *shape) for name in ("ours", "torch's")}
         turns = measure.in_turns(forms, ROUNDS)
-        milliseconds = ["{:.2f}".format(1000 * turns[name].seconds) for name in forms]
+        milliseconds = ["{:.2f}".format(1000 * turns[name].seconds / PASSES) for name in forms]
         faster_by = "{:.2f}".format(turns["torch's"].seconds / turns["ours"].seconds)
         rows.append([label.format(*shape), *milliseconds, faster_by])
     headers = ["{}, batch {}".format(title, BATCH), "ours, ms", "torch's, ms", "ours is faster by"]
