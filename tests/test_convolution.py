@@ -55,8 +55,8 @@ def test_gradients_in_float32_equal_torchs(kernel, stride, channels, threads, mo
             assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
 
 
-def test_other_layers_stay_torchs_in_float32():
-    layers = [torch.nn.Conv2d(128, 128, 1), torch.nn.Conv2d(128, 128, 3, padding=1, groups=128)]
+def test_other_layers_stay_torchs():
+    layers = [torch.nn.Conv2d(128, 128, 1, groups=2), torch.nn.Conv2d(128, 128, 3, padding=1, groups=128)]
     layers += [torch.nn.Conv2d(128, 128, 5, groups=64, bias=False), torch.nn.Conv2d(8, 8, 5, groups=8)]
     assert convolution.speed_up(torch.nn.Sequential(*layers), torch.float32) == 0
 
@@ -81,11 +81,33 @@ def test_products_equal_1x1_convolutions(stride, bias):
         assert (ours - theirs).norm() < 0.01 * theirs.norm()
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 1, 3, 2), (0, 2, 1, 3), (0, 2, 3, 1)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_any_axis_is_mixed_without_a_copy(order, dtype, tolerance, bias):
+    torch.manual_seed(0)
+    memory = torch.randn(2, 5, 6, 7).permute(order)
+    stock = torch.nn.Conv2d(memory.shape[1], 4, 1, bias=bias)
+    fast = copy.deepcopy(stock)
+    assert convolution.speed_up(fast, dtype) == 1
+    results = []
+    for layer, kind in ((stock.double(), torch.float64), (fast, dtype)):
+        x = memory.to(torch.float64 if layer is stock else torch.float32).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind == torch.bfloat16):
+            y = layer(x)
+        weights = torch.cos(torch.arange(y.numel())).view(y.shape).to(y.dtype)
+        results.append([y, *torch.autograd.grad(y, (x, *layer.parameters()), weights)])
+    assert results[1][0].dtype == dtype
+    assert sorted(range(4), key=results[1][0].stride) == sorted(range(4), key=memory.stride)
+    for theirs, ours in zip(*results):
+        assert ours.shape == theirs.shape and (ours - theirs).norm() <= tolerance * theirs.norm()
+
+
 def test_a_model_keeps_its_state_and_its_function():
     with imported("MnasNet") as models:
         model = models.mnasnet0_5(10).eval()
     fast = copy.deepcopy(model)
-    assert convolution.speed_up(fast, torch.bfloat16) == 17 + 11  # depthwise; 1x1 with 100 channels or more
+    assert convolution.speed_up(fast, torch.bfloat16) == 17 + 34  # depthwise and 1x1
     assert list(fast.state_dict()) == list(model.state_dict())
     images = torch.randn(2, 3, 64, 64)
     assert torch.equal(fast(images), model(images))
