@@ -109,7 +109,7 @@ def test_a_model_keeps_its_state_and_its_function():
     fast = copy.deepcopy(model)
     assert convolution.speed_up(fast, torch.bfloat16) == 17 + 34  # depthwise and 1x1
     assert list(fast.state_dict()) == list(model.state_dict())
-    images = torch.randn(2, 3, 64, 64)
+    images = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
     assert torch.equal(fast(images), model(images))
 
 
