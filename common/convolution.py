@@ -136,7 +136,7 @@ class PointwiseConv2d(torch.nn.Conv2d):
 
     def forward(self, images):
         order = sorted((1, 2, 3), key=images.stride, reverse=True)  # of the axes in memory
-        if order[-1] != 1 and self.stride == (1, 1):
+        if order[-1] != 1 and order != [1, 2, 3] and self.stride == (1, 1):  # neither channels_last nor contiguous
             return self._mix(images, order)
         if self.in_channels < FEW_CHANNELS or not torch.is_autocast_enabled("cpu"):
             return super().forward(images)

@@ -81,7 +81,7 @@ def test_products_equal_1x1_convolutions(stride, bias):
         assert (ours - theirs).norm() < 0.01 * theirs.norm()
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 1, 3, 2), (0, 2, 1, 3), (0, 2, 3, 1)])
+@pytest.mark.parametrize("order", [(0, 1, 3, 2), (0, 2, 1, 3), (0, 2, 3, 1)])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_any_axis_is_mixed_without_a_copy(order, dtype, tolerance, bias):
