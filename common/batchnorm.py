@@ -7,14 +7,13 @@ torch's.
 
 import collections
 import copy
-import ctypes
 import math
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from common.compiled import library
+from common.compiled import call, library
 
 try:
     from torch import fx
@@ -31,15 +30,6 @@ def compiled(dtype):
     return library("batchnorm", *_OPTIONS, "-D" + str(dtype).replace("torch.", "").upper())
 
 
-def _call(function, tensors, *numbers):
-    """Call a function of `compiled()` with the memory of `tensors`, then `numbers`, then the number of threads."""
-    kinds = {float: ctypes.c_float, int: ctypes.c_long}
-    arguments = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-    arguments += [kinds[type(number)](number) for number in numbers]
-    if function(*arguments, ctypes.c_long(torch.get_num_threads())):
-        raise MemoryError("BatchNorm")
-
-
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, images, weight, bias, norm):
@@ -47,7 +37,7 @@ class _Function(torch.autograd.Function):
         ctx.sizes = images.numel() // channels, channels, int(norm.relu)
         result, saved = torch.empty_like(images), weight.new_empty(_SAVED * channels)
         tensors = images, result, weight, bias, norm.running_mean, norm.running_var, saved
-        _call(compiled(images.dtype).forward, tensors, *ctx.sizes, norm.momentum, norm.eps)
+        call(compiled(images.dtype).forward, tensors, *ctx.sizes, norm.momentum, norm.eps)
         ctx.save_for_backward(images, saved)
         return result
 
@@ -57,7 +47,7 @@ class _Function(torch.autograd.Function):
         images, saved = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         result, of_weight, of_bias = torch.empty_like(images), *saved.new_empty(2, ctx.sizes[1])
-        _call(compiled(images.dtype).backward, (images, gradient, result, saved, of_weight, of_bias), *ctx.sizes)
+        call(compiled(images.dtype).backward, (images, gradient, result, saved, of_weight, of_bias), *ctx.sizes)
         return result, of_weight, of_bias, None
 
 

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 
+import torch
+
 from common.files import cache_folder
 
 _OPTIONS = ["-O3", "-march=native", "-shared", "-fPIC"]
@@ -39,3 +41,16 @@ def library(name, *options):
         return ctypes.CDLL(path)
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def call(function, tensors, *numbers):
+    """Call a function of a `library` with the memory of `tensors`, then `numbers`, then the number of threads.
+
+    Raises:
+        MemoryError: it says so, by a result that is not 0.
+    """
+    kinds = {float: ctypes.c_float, int: ctypes.c_long}
+    arguments = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+    arguments += [kinds[type(number)](number) for number in numbers]
+    if function(*arguments, ctypes.c_long(torch.get_num_threads())):
+        raise MemoryError(function.__name__)

@@ -12,12 +12,11 @@ gradient is a forward convolution with the flipped kernel; at stride 2 zeros are
 leaves the memory in its order; the convolution copies it into its own and back.
 """
 
-import ctypes
-
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from common.compiled import library
+from common.compiled import call, library
 
 FEW_CHANNELS = 100  # below, a 1x1 convolution is faster than the product
 
@@ -95,6 +94,7 @@ def compiled():
 
 class _FloatDepthwiseFunction(_DepthwiseFunction):
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         images, weight = ctx.saved_tensors
         images, gradient = (item.contiguous(memory_format=torch.channels_last) for item in (images, gradient))
@@ -102,10 +102,7 @@ class _FloatDepthwiseFunction(_DepthwiseFunction):
         of_images, of_weight = torch.empty_like(images), weight.new_zeros(batch, kernel * kernel, channels)
         tensors = images, gradient, weight.flatten(1).t().contiguous(), of_images, of_weight
         numbers = batch, *size, channels, *gradient.shape[2:], ctx.padding[0], kernel, ctx.stride[0]
-        arguments = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-        arguments += [ctypes.c_long(number) for number in (*numbers, torch.get_num_threads())]
-        if compiled().backward(*arguments):
-            raise MemoryError("depthwise convolution")
+        call(compiled().backward, tensors, *numbers)
         return of_images, of_weight.sum(0).t().reshape(weight.shape), None, None
 
 
