@@ -165,6 +165,22 @@ def test_operations_of_the_graph(form, megvii):
     assert found == (set() if form == "wock" else expected)
 
 
+@pytest.mark.parametrize("width", ["0_5", "1_0"])
+def test_channels_last_stays(width):
+    """The default form shuffles in the memory of its images: no block after it has to turn them back."""
+    contiguous, x = fill_(build(width, "wock").double()), images(2, 96)
+    expected = step(contiguous, x)
+    model, blocks = fill_(build(width, "wock").double()).to(memory_format=torch.channels_last), []
+    for module in model.modules():
+        if hasattr(module, "shuffle"):
+            module.register_forward_hook(lambda module, inputs, output: blocks.append(output))
+    loss, gradients = step(model, x.to(memory_format=torch.channels_last))
+    assert [block.is_contiguous(memory_format=torch.channels_last) for block in blocks] == [True] * 16
+    close(loss, expected[0])
+    for name, gradient in expected[1].items():
+        close(gradients[name], gradient)
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_megvii_checkpoint(width):
     expected, state, x = EXPECTED[width], megvii_state(width), normalised(pixels())

@@ -16,6 +16,7 @@ from tests import chaos
 from tests.bundles import imported
 
 KILLS = 100 if chaos.LONG else 6
+pytestmark = pytest.mark.xdist_group("resume")  # in one process, which trains the whole runs once
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ Those leave tensors that are not contiguous, which Ascend's kernels first have t
 stacking the branches on a new axis after the channels shuffles them in the one copy that concatenating costs anyway.
 A gather (`index_select`) would do as well, but is slower, and its gradient is a scatter-add.
 
-Images in channels_last memory, as on CPU and CUDA, stay in it: there one copy shuffles too, on the last axis, and chunk's
-gradient is one copy, where that of two slices takes five.
+Images in channels_last memory, as on CPU and CUDA, stay in it: there one copy shuffles too, on the last axis, and
+chunk's gradient is one copy, where that of two slices takes five.
 """
 
 import torch
