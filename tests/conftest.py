@@ -15,7 +15,22 @@ from tests import sample_data
 from tests.bundles import ROOT
 
 LONG = bool(os.environ.get("LONG"))  # the same assertions with the full numbers: tests/long.sh
+# Files with results that take long to make and serve many tests: all tests of such a file run in one process.
+SHARING = ["tests/test_{}.py".format(name) for name in ("bad_numbers", "npu_ranks", "resume", "training")]
 collect_ignore = [] if "LEGACY" in os.environ else ["legacy"]  # tests/legacy.sh makes its environments
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give each process one test after the other, but those of a file in `SHARING` together."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path = nodeid.partition("::")[0]
+            return path if path in SHARING else nodeid
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")

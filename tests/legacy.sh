@@ -49,6 +49,6 @@ for pair in $versions; do
 done
 for pid in "${environments[@]}"; do wait "$pid"; done
 export LEGACY OMP_NUM_THREADS=1 # two at a time
-[ -z "$LEGACY" ] || find . -mindepth 2 -maxdepth 2 -name main.py -printf '%h\n' | cut -c3- |
+[ -z "$LEGACY" ] || find . -mindepth 2 -maxdepth 2 -name main.py -printf '%h\n' | cut -c3- | sort |
     xargs -P 2 -I{} "$python" -m pytest -q -p no:cacheprovider -k {} "$@" tests/legacy/test_legacy.py
 [ -z "$missing" ] || exit 3

@@ -13,8 +13,6 @@ from common import errors
 from common.errors import run
 from tests import chaos
 
-pytestmark = pytest.mark.xdist_group("bad_numbers")  # in one process, which starts one server
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):

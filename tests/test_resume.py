@@ -16,7 +16,6 @@ from tests import chaos
 from tests.bundles import imported
 
 KILLS = 100 if chaos.LONG else 6
-pytestmark = pytest.mark.xdist_group("resume")  # in one process, which trains the whole runs once
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +87,7 @@ def test_sigkill_at_any_moment(mnasnet, data, whole, tmp_path):
     assert during_save >= KILLS // 4
 
 
-@pytest.mark.parametrize("bundle", ["MnasNet", "ShuffleNetV2", "SPACH-SMLP"])
+@pytest.mark.parametrize("bundle", ["MnasNet", "SPACH-SMLP"] + ["ShuffleNetV2"] * chaos.LONG)
 def test_sigterm_in_the_middle_of_an_epoch(bundle, data, tmp_path):
     """Without --save-steps: the signal itself makes the checkpoint. SPACH-SMLP has AdamW, mixup and an average."""
     server = chaos.Server(bundle)

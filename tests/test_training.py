@@ -15,7 +15,6 @@ from tests.bundles import BUNDLES, ROOT, imported
 from tests.conftest import LONG, loss_file, result_file, run, run_script
 from tests.test_scripts import assert_refused, small
 
-SHARING = pytest.mark.xdist_group("trained")  # in one process, which trains once for all of them
 DIGITS = ["--batch_size=32", "--image-size=48", "--learning_rate=0.02", "--warmup-epochs=1", "--flip=0", "--dropout=0"]
 
 
@@ -51,7 +50,6 @@ def independent_accuracy(checkpoint, data, size):
     return "{:.3f}".format(100 * hits1 / seen), "{:.3f}".format(100 * hits5 / seen)
 
 
-@SHARING
 def test_it_learns_and_leaves_every_file(trained):
     acc, perf = result_file(trained, "acc"), result_file(trained, "perf")
     assert float(acc["TrainAccuracy"]) > 70
@@ -63,7 +61,6 @@ def test_it_learns_and_leaves_every_file(trained):
     assert (trained / "checkpoint.pth.tar").is_file() and (trained / "model_best.pth.tar").is_file()
 
 
-@SHARING
 def test_one_and_eight_ranks_measure_what_an_independent_count_gives(trained, digits):
     expected = independent_accuracy(trained / "model_best.pth.tar", digits, 48)
     for script in ("eval_1p", "eval_8p"):
@@ -76,7 +73,6 @@ def test_one_and_eight_ranks_measure_what_an_independent_count_gives(trained, di
         assert " * Acc@1 {} Acc@5 {}\n".format(*expected) in process.stdout
 
 
-@SHARING
 def test_fine_tuning_on_fewer_classes(trained, digits, tmp_path, bundle_copy):
     for split in ("train", "val"):
         for name in ("3", "4", "8"):
@@ -94,7 +90,6 @@ def test_fine_tuning_on_fewer_classes(trained, digits, tmp_path, bundle_copy):
     assert_refused(refused, 1, "has 10 classes, the data set has 3")
 
 
-@SHARING
 def test_another_networks_file_is_refused(trained, few_digits):
     weights = "--resume={}".format(trained / "model_best.pth.tar")
     process = run_script(trained, "finetune_1p", "--data_path={}".format(few_digits), weights, "--arch=mnasnet1_0")
@@ -153,7 +148,6 @@ def test_two_nodes_end_with_equal_weights(way, few_digits, tmp_path):
     assert len(set(checksums.values())) == 1
 
 
-@SHARING
 def test_a_checkpoint_loads_without_this_project(trained):
     code = (
         "import sys, torch; from tests.deterministic import images; c = torch.load(sys.argv[1], weights_only=True); "
