@@ -144,9 +144,12 @@ class PointwiseConv2d(torch.nn.Conv2d):
         inner = 2 - order.index(1)  # how many axes are behind the mixed one in memory
         in_order = images.permute(0, *order)
         shape = in_order.shape
-        result = self.weight.flatten(1) @ in_order.reshape(-1, shape[-1 - inner], shape[-inner:].numel())
-        if self.bias is not None:
-            result = result + self.bias.to(result.dtype).unsqueeze(1)
+        matrices = in_order.reshape(-1, shape[-1 - inner], shape[-inner:].numel())
+        weight = self.weight.flatten(1).expand(len(matrices), -1, -1)  # matmul would make one copy of the matrices
+        if self.bias is None:
+            result = torch.bmm(weight, matrices)
+        else:
+            result = torch.baddbmm(self.bias.unsqueeze(1), weight, matrices)
         result = result.view(*shape[: -1 - inner], self.out_channels, *shape[-inner:])
         return result.permute(0, *(1 + order.index(axis) for axis in (1, 2, 3)))
 
