@@ -119,7 +119,9 @@ def test_a_network_keeps_its_state_and_its_function(bundle):
     assert (relus > 0) == (bundle in ("MnasNet", "SPNASNet_100", "ShuffleNetV2"))
     assert list(fast.state_dict()) == list(stock.state_dict())
     images = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
-    assert torch.equal(fast.eval()(images), stock.eval()(images))
+    ours, theirs = fast.eval()(images), stock.eval()(images)
+    rounding = 1e-6 if bundle == "SPACH-SMLP" else 0  # its products over rows and columns add up in another order
+    assert (ours - theirs).norm() <= rounding * theirs.norm()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours, theirs = fast(images).float(), stock(images).float()
     assert (ours - theirs).norm() < 0.05 * theirs.norm()  # evaluation under autocast: ReLU where it was
