@@ -145,7 +145,7 @@ class PointwiseConv2d(torch.nn.Conv2d):
         in_order = images.permute(0, *order)
         shape = in_order.shape
         matrices = in_order.reshape(-1, shape[-1 - inner], shape[-inner:].numel())
-        weight = self.weight.flatten(1).expand(len(matrices), -1, -1)  # matmul would make one copy of the matrices
+        weight = self.weight.flatten(1).expand(len(matrices), -1, -1)  # torch.matmul would copy the matrices
         if self.bias is None:
             result = torch.bmm(weight, matrices)
         else:
