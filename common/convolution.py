@@ -6,7 +6,7 @@ Depthwise in bfloat16: oneDNN has fast weight gradients for kernels up to three 
 map. Wider ones are put together from pieces of three columns, each at its own offset of the padded input. The input
 gradient is a forward convolution with the flipped kernel; at stride 2 zeros are put between the gradient's pixels.
 
-1x1 in bfloat16: a matrix product of pixels and channels, 1.2 to 8 times as fast where the channels are not few.
+1x1 in bfloat16: a matrix product of pixels and channels, faster where the channels are not few.
 
 1x1 where the axis that is mixed is not the last in memory (sMLPNet mixes rows and columns so): a matrix product that
 leaves the memory in its order; the convolution copies it into its own and back.

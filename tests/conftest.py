@@ -22,7 +22,9 @@ collect_ignore = [] if "LEGACY" in os.environ else ["legacy"]  # tests/legacy.sh
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Give each process one test after the other, but those of a file in `SHARING` together."""
+    """Give each process one test after the other, but those of a `SHARING` file together, unless --dist is given."""
+    if config.getoption("dist") != "load":
+        return None
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):

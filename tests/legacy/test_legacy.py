@@ -18,9 +18,9 @@ PYTHONS = dict(OLD, newest=sys.executable)
 STAND_INS = ROOT / "tests" / "legacy" / "stand_ins"
 PAIRS = list(itertools.permutations(PYTHONS, 2))  # who saves, who goes on
 CIRCLE = list(zip(PYTHONS, [*PYTHONS][1:] + [*PYTHONS][:1]))  # every other pair, of three versions
-RESUMED = [(bundle, pair) for bundle in BUNDLES for pair in PAIRS]
+RESUMED = [(bundle, *pair) for bundle in BUNDLES for pair in PAIRS]
 if not LONG:  # of SGD's pairs and AdamW's each one half
-    RESUMED = [("MnasNet", pair) for pair in CIRCLE] + [("SPACH-SMLP", pair[::-1]) for pair in CIRCLE]
+    RESUMED = [("MnasNet", *pair) for pair in CIRCLE] + [("SPACH-SMLP", *pair[::-1]) for pair in CIRCLE]
 # torch 1.8 takes seconds for a step of PNASNet: it computes depthwise convolutions of 96, 216, 432 and 864 channels one
 # channel at a time.
 TRAINED = [(b, v) for b in BUNDLES for v in OLD if LONG or (b, v) != ("PnasNet5Large", "1.8")]
@@ -93,9 +93,8 @@ def test_training_on_two_ranks(bundle, version, trained):
     assert (folder / "checkpoint.pth.tar").is_file() and (folder / "model_best.pth.tar").is_file()
 
 
-@pytest.mark.parametrize("bundle, pair", RESUMED)
-def test_resuming_with_another_version(bundle, pair, trained, few_digits, tmp_path):
-    saver, reader = pair
+@pytest.mark.parametrize("bundle, saver, reader", RESUMED)
+def test_resuming_with_another_version(bundle, saver, reader, trained, few_digits, tmp_path):
     checkpoint = trained(saver, bundle) / "checkpoint.pth.tar"
     folder = copy_bundle(bundle, tmp_path)
     options = ["--data_path={}".format(few_digits), "--epochs=2", *TRAINING, *small(bundle)]
