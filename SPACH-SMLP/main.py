@@ -8,7 +8,7 @@ sMLPNet-T: Acc@1 81.9 (microsoft/SPACH); for eight NPUs: 1628.5 images/s, Acc@1 
     python main.py --data-path /data/imagenet --amp
     python main.py --data-path /data/imagenet --amp --multiprocessing-distributed --device-list 0,1,2,3,4,5,6,7
     python main.py --data-path /data/imagenet --evaluate --resume model_best.pth.tar
-    python main.py --predict photos --sheet --resume model_best.pth.tar
+    python main.py --predict photos --resume model_best.pth.tar
 """
 
 import copy
@@ -17,7 +17,9 @@ import os
 import sys
 
 sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import common  # noqa: F401  # before torch: it finds a torch_npu that would end the process
+import common  # before torch: it finds a torch_npu that would end the process
+
+common.require("timm")
 
 BUNDLE = os.path.dirname(os.path.abspath(__file__))
 
@@ -25,76 +27,81 @@ import torch
 from torch import nn
 
 import models
-from common import (
-    arguments,
-    checkpoint,
-    deploy,
-    device,
-    errors,
-    export,
-    input,
-    launcher,
-    logger,
-    predict,
-    weights,
-)
-from common.decode import CenterCrop, RandomResizedCrop
+from common import arguments, checkpoint, data, device, distributed, errors, logger, weights
+from common.arguments import nonnegative_float, positive_float, positive_int, share, whole_number
+from common.precision import Precision
+from common.transforms import CenterCrop, RandomResizedCrop, import_torchvision
 from models import pretrained
 
-transforms = input.import_torchvision_transforms()
+transforms = import_torchvision().transforms
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import Mixup
 
 NETWORK = "SPACH-SMLP"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-NETWORK_OPTIONS = ("image_size", "eval_ema")  # a checkpoint says what they were
+NETWORK_OPTIONS = ("image_size", "eval_ema")  # where the command line is silent, a checkpoint says what they are
 
 
 def build_parser():
     """Return the parser of all options: the recipe's, then those that the bundles share."""
-    parser = arguments.parser(__doc__)
+    parser = arguments.build_parser(__doc__, check_options)
     group = parser.add_argument_group("network and recipe")
-    group.add_argument(
-        "-a", "--arch", "--model", default="smlpnet_tiny", choices=models.__all__, metavar="NAME", help="%(choices)s"
-    )
-    group.add_argument("--drop-path", type=float, metavar="RATE", help="default: 0 tiny, 0.2 small, 0.3 base")
-    group.add_argument("--image-size", type=int, default=224, metavar="PIXELS", help="val/ is resized to 8/7 of it")
-    group.add_argument("--crop-scale", type=float, default=0.08, metavar="MIN", help="smallest crop, share of the area")
-    group.add_argument("--flip", type=float, default=0.5, metavar="P", help="probability of a horizontal flip")
-    group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="RandAugment; none: without")
-    group.add_argument("--reprob", type=float, default=0.25, metavar="P", help="probability of random erasing")
-    group.add_argument("--mixup", type=float, default=0.8, metavar="ALPHA", help="0: no mixup")
-    group.add_argument("--cutmix", type=float, default=1.0, metavar="ALPHA", help="0: no CutMix")
-    group.add_argument("--repeats", type=int, default=3, metavar="N", help="copies of an image in a row of the epoch")
-    group.add_argument("--epochs", type=int, default=300, metavar="N", help="cool-down included")
-    group.add_argument("-b", "--batch-size", type=int, default=112, metavar="N", help="per card")
-    group.add_argument("--lr", "--learning-rate", type=float, default=5e-4, help="for a batch of 512 on all cards")
-    group.add_argument("--warmup-epochs", type=int, default=20, metavar="N", help="from 1e-6")
-    group.add_argument("--cooldown-epochs", type=int, default=0, metavar="N", help="at the lowest rate, 1e-5")
-    group.add_argument("--weight-decay", "--wd", type=float, default=0.05, help="not of biases and norms")
-    group.add_argument("--label-smoothing", type=float, default=0.1, help="share of the target that all classes get")
-    group.add_argument("--ema-decay", type=float, default=0.99996, help="of the average of the weights; 0: no average")
-    group.add_argument("--eval-ema", action="store_true", help="measure the averaged weights")
-    group.add_argument("--eval-freq", type=int, default=1, metavar="EPOCHS", help="0: never measure val/")
-    group.add_argument("--max-steps", type=int, default=0, metavar="N", help="end the training after N steps")
-    group.add_argument("--world_size", type=int, dest="device_num", metavar="N", help="processes of one node")
+    add = group.add_argument
+    add("-a", "--arch", "--model", default="smlpnet_tiny", choices=models.__all__, metavar="NAME", help="%(choices)s")
+    add("--drop-path", type=share, metavar="RATE", help="default: 0 tiny, 0.2 small, 0.3 base")
+    add("--image-size", type=positive_int, default=224, metavar="PIXELS", help="val/ is resized to 8/7 of it")
+    add("--crop-scale", type=share, default=0.08, metavar="MIN", help="smallest crop, share of the area")
+    add("--flip", type=share, default=0.5, metavar="P", help="probability of a horizontal flip")
+    add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="RandAugment; none: without")
+    add("--reprob", type=share, default=0.25, metavar="P", help="probability of random erasing")
+    add("--mixup", type=nonnegative_float, default=0.8, metavar="ALPHA", help="0: no mixup")
+    add("--cutmix", type=nonnegative_float, default=1.0, metavar="ALPHA", help="0: no CutMix")
+    add("--repeats", type=positive_int, default=3, metavar="N", help="copies of an image in a row of the epoch")
+    add("--epochs", type=positive_int, default=300, metavar="N", help="cool-down included")
+    add("-b", "--batch-size", type=positive_int, default=112, metavar="N", help="per card")
+    add("--lr", "--learning-rate", type=positive_float, default=5e-4, help="for a batch of 512 on all cards")
+    add("--warmup-epochs", type=whole_number, default=20, metavar="N", help="from 1e-6")
+    add("--cooldown-epochs", type=whole_number, default=0, metavar="N", help="at the lowest rate, 1e-5")
+    add("--weight-decay", "--wd", type=nonnegative_float, default=0.05, help="not of biases and norms")
+    add("--label-smoothing", type=share, default=0.1, help="share of the target that all classes get")
+    add("--ema-decay", type=share, default=0.99996, help="of the average of the weights; 0: no average")
+    add("--eval-ema", action="store_true", help="measure the averaged weights")
+    add("--eval-freq", type=whole_number, default=1, metavar="EPOCHS", help="0: never measure val/")
+    add("--max-steps", type=whole_number, default=0, metavar="N", help="end the training after N steps; 0: do not")
+    add("--world_size", type=positive_int, dest="device_num", metavar="N", help="processes of one node")
     npu = {"dest": "device", "action": "store_const", "const": "npu", "default": "auto"}
-    group.add_argument("--npu", help="the same as --device npu", **npu)
-    input.add_arguments(parser)
-    device.add_arguments(parser)
-    checkpoint.add_arguments(parser)
-    logger.add_arguments(parser)
-    deploy.add_arguments(parser)
+    add("--npu", help="the same as --device npu", **npu)
+    arguments.add_shared(parser)
     return parser
 
 
-# Copied from MnasNet/main.py:parse_args
-def parse_args(argv=None):
-    """Return the options of the command line, or of the list `argv`."""
-    return arguments.parse(build_parser(), argv)
+# Differs from PnasNet5Large: patches, and RandAugment
+def check_options(args):
+    """Raise UserError where the network cannot take images of `--image-size`, or `--aa` is no policy."""
+    patch = 16 if "patch16" in args.arch else 4
+    if args.image_size % patch:
+        text = "--image-size {}: {} takes multiples of {} pixels"
+        raise errors.UserError(text.format(args.image_size, args.arch, patch))
+    build_augment(args)
 
 
-# Differs from MnasNet: bicubic
+def build_augment(args):
+    """Return RandAugment as timm builds it from `--aa`, or None for "none".
+
+    Raises UserError where timm does not know the policy.
+    """
+    if args.aa == "none":
+        return None
+    grey = tuple(round(255 * mean) for mean in MEAN)
+    options = {"translate_const": int(args.image_size * 0.45), "img_mean": grey, "interpolation": 3}
+    try:
+        return rand_augment_transform(args.aa, options)
+    except (AssertionError, ValueError, KeyError):
+        text = "--aa {!r} is no policy of timm's RandAugment, such as rand-m9-mstd0.5-inc1; none: without"
+        raise errors.UserError(text.format(args.aa)) from None
+
+
+# Copied from SPNASNet_100/main.py:val_crop
 def val_crop(args):
     """Return the transform with which the network is measured."""
     return CenterCrop(args.image_size, resize=args.image_size * 8 // 7, interpolation="bicubic")
@@ -104,33 +111,29 @@ def val_crop(args):
 def build_loaders(args, card, content):
     """Return the loaders of train/ and val/; `None` for the one that the run does not need."""
     if args.synthetic:
-        return input.SyntheticLoader(card, args.image_size, args.num_classes or 1000, args), None
+        return data.SyntheticLoader(card, args.image_size, args.num_classes or 1000, args), None
     train_loader = val_loader = None
     if not args.evaluate:
-        augment = None
-        if args.aa != "none":
-            grey = tuple(round(255 * mean) for mean in MEAN)
-            options = {"translate_const": int(args.image_size * 0.45), "img_mean": grey, "interpolation": 3}
-            augment = rand_augment_transform(args.aa, options)
-        crop = RandomResizedCrop(args.image_size, "bicubic", (args.crop_scale, 1.0), flip=args.flip, augment=augment)
-        images = input.ImageFolder(args.data, "train")
-        train_loader = input.Loader(card, images, crop, args, MEAN, STD, training=True, repeats=args.repeats)
+        scale, augment = (args.crop_scale, 1.0), build_augment(args)
+        crop = RandomResizedCrop(args.image_size, "bicubic", scale, flip=args.flip, augment=augment)
+        images = data.ImageFolder(args.data, "train")
+        train_loader = data.Loader(card, images, crop, args, MEAN, STD, training=True, repeats=args.repeats)
     if args.evaluate or args.eval_freq:
-        images = input.ImageFolder(args.data, "val", input.classes_of(content, args))
-        val_loader = input.Loader(card, images, val_crop(args), args, MEAN, STD, training=False)
+        images = data.ImageFolder(args.data, "val", weights.classes_of(content, args))
+        val_loader = data.Loader(card, images, val_crop(args), args, MEAN, STD, training=False)
     return train_loader, val_loader
 
 
-# Differs from MnasNet: drop path; the mixing layers are as large as the image
+# Differs from MnasNet: drop path; the mixing layers are as large as the image; the averaged weights are measured
 def build_model(args, num_classes, content, card, log):
     """Return the model on the card, with the weights of `--resume` or `--pretrained`."""
     options = {} if args.drop_path is None else {"drop_path_rate": args.drop_path}
     model = getattr(models, args.arch)(num_classes, image_size=args.image_size, **options)
     if content is not None:
         path = args.resume or args.pretrained
-        if args.eval_ema and (args.evaluate or deploy.is_asked_for(args)):
-            content = {"state_dict": content.get("state_dict_ema")}
-        for line in weights.load(model, content, path, pretrained.convert, not args.resume):
+        measures_average = args.eval_ema and (args.evaluate or args.export or args.predict)
+        key = "state_dict_ema" if measures_average else None
+        for line in weights.load(model, content, path, pretrained.convert, may_replace_head=not args.resume, key=key):
             log.line(line)
     return card.prepare(model)
 
@@ -219,106 +222,98 @@ def build_optimizer(args, card, model):
     groups = [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": args.weight_decay}]
     peak = args.lr * args.batch_size * card.ranks.world_size / 512
     optimizer = card.optimizer("AdamW", groups, lr=peak, betas=(0.9, 0.999))
-    start, floor, cosine_epochs = 1e-6, 1e-5, max(1, args.epochs - args.cooldown_epochs)
+    start, floor, cosine_epochs = 1e-6, 1e-5, args.epochs - args.cooldown_epochs
 
     def schedule(progress):
         if progress < args.warmup_epochs:
             return start + (peak - start) * progress / args.warmup_epochs
-        share = min(1.0, progress / cosine_epochs)  # the warm-up covers the beginning of the cosine, as in timm
-        return floor + 0.5 * (peak - floor) * (1 + math.cos(math.pi * share))
+        done = (
+            min(1.0, progress / cosine_epochs) if cosine_epochs else 1.0
+        )  # the warm-up covers the beginning of the cosine, as in timm
+        return floor + 0.5 * (peak - floor) * (1 + math.cos(math.pi * done))
 
     return optimizer, schedule
 
 
 # Differs from MnasNet: mixup needs soft targets, and the weights are averaged
-def train_one_epoch(epoch, model, augment, criterion, optimizer, schedule, precision, average, checkpoints):
-    """Train on what is left of `epoch`, a `logger.Epoch`."""
+def train_one_epoch(
+    loader, number, model, augment, criterion, optimizer, schedule, precision, average, log, checkpoints
+):
+    """Train on what is left of epoch `number`: from the sample on where `checkpoints` stands."""
     model.train()
-    for images, targets in epoch:
-        learning_rate = schedule(epoch.progress)
+    for batch in log.steps(loader, number, checkpoints.samples):
+        learning_rate = schedule(batch.progress)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        images, soft_targets = augment(images, targets)
+        images, soft_targets = augment(batch.images, batch.targets)
         with precision.autocast():
             logits = model(images)
             loss = criterion(logits, soft_targets)
-        precision.step(loss, optimizer)
+        precision.step(loss, optimizer, batch.weight)
         average.update()
-        epoch.step(loss, logits, targets, learning_rate)
-        checkpoints.after_step(epoch)
+        stop_signal = log.step(loss, logits, batch, learning_rate)
+        checkpoints.after_step(batch, stop_signal)
 
 
 # Copied from MnasNet/main.py:evaluate
 def evaluate(loader, model, card, log, epoch):
     """Return Acc@1 in percent over every image of `loader`, in float32, the same on all ranks."""
     card.ranks.broadcast_buffers(model)
-    model = card.for_evaluation(model)
+    model.eval()
     counts = torch.zeros(3, dtype=torch.int64, device=card.torch_device)
     with torch.no_grad():
-        for images, targets in log.batches(loader):
-            counts += logger.count_correct(model(images), targets)
+        for batch in log.batches(loader):
+            counts += logger.count_correct(model(batch.images), batch.targets)
     return log.evaluation(epoch, loader, card.ranks.sum(counts))[0]
-
-
-# Copied from MnasNet/main.py:use_weights
-def use_weights(argv):
-    """Do what `--export` or `--predict` asks for."""
-    args, content = deploy.read_weights(build_parser(), argv, models.__all__, *NETWORK_OPTIONS)
-    card = device.Device(args)
-    log = logger.Log(card, args, NETWORK)
-    classes = deploy.class_names(args, content)
-    model = build_model(args, len(classes), content, card, log).eval()
-    if args.export:
-        facts = {"arch": args.arch, "classes": classes, "mean": MEAN, "std": STD}
-        export.write(args, model, val_crop(args), facts, log)
-    else:
-        images = predict.find_images(args.predict)
-        loader = input.Loader(card, images, val_crop(args), args, MEAN, STD, training=False)
-        predict.run(args, loader, model, classes, log)
 
 
 # Differs from MnasNet: mixup, and the averaged weights
 def main(argv=None):
-    args = parse_args(argv)
-    if deploy.is_asked_for(args):
-        return use_weights(argv)
-    input.check_arguments(args)
-    if launcher.needs_launch(args):
-        return launcher.launch(args, sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    args = arguments.parse(parser, argv)
+    if distributed.should_spawn(args):
+        return distributed.spawn(args, argv)
+    args, content = checkpoint.load(parser, argv, args, models.__all__, NETWORK_OPTIONS, BUNDLE)
     card = device.Device(args)
     log = logger.Log(card, args, NETWORK)
-    content = checkpoint.load(card, args, log, BUNDLE)
+    if args.export or args.predict:
+        from common import export
+
+        classes = weights.class_names(args, content)
+        model = build_model(args, len(classes), content, card, log)
+        return export.run(args, model, classes, val_crop(args), MEAN, STD, card, log)
     train_loader, val_loader = build_loaders(args, card, content)
-    classes = input.class_names(args, train_loader or val_loader)
+    classes = weights.class_names(args, content, train_loader or val_loader)
     model = build_model(args, len(classes), content, card, log)
     optimizer, schedule = build_optimizer(args, card, model)
     average = AveragedWeights(model, args.ema_decay)
-    precision = device.Precision(card, args, model, optimizer)
-    parts = {"state_dict": model, "optimizer": optimizer, "precision": precision, "state_dict_ema": average}
-    facts = {"arch": args.arch, "classes": classes, "args": vars(args)}
-    checkpoints = checkpoint.Checkpoints(card, args, log, BUNDLE, parts, facts)
+    precision = Precision(card, args, model, optimizer)
     log.start(args, precision)
+    card.ranks.catch_signals()
     if args.evaluate:
-        evaluate(val_loader, model, card, log, 0)
-        log.finish()
-        return card.ranks.leave()
+        evaluate(val_loader, model, card, log, epoch=0)
+        return log.finish()
+    parts = {"state_dict": model, "optimizer": optimizer, "precision": precision, "log": log, "state_dict_ema": average}
+    metadata = {"classes": classes, "order": train_loader.order_facts}
+    checkpoints = checkpoint.Checkpoints(card, args, log, args.output_dir or BUNDLE, parts, metadata)
     if args.resume:
         checkpoints.resume(content, args.resume)
     del content  # it is as large as model and optimizer
     criterion, augment = SoftCrossEntropy(), Augment(args, len(classes))
-    parallel_model = card.parallel(model)
+    replica = card.parallel(model)
     for number in range(checkpoints.epoch, args.epochs):
-        epoch = log.train(train_loader, number, checkpoints.samples, args)
-        train_one_epoch(epoch, parallel_model, augment, criterion, optimizer, schedule, precision, average, checkpoints)
+        train_one_epoch(
+            train_loader, number, replica, augment, criterion, optimizer, schedule, precision, average, log, checkpoints
+        )
         acc1 = None
-        if val_loader and ((number + 1) % args.eval_freq == 0 or epoch.is_final):
+        if val_loader and ((number + 1) % args.eval_freq == 0 or log.is_final):
+            checkpoints.before_evaluation()
             measured = average.model if args.eval_ema else model
             acc1 = evaluate(val_loader, measured, card, log, number)
-        checkpoints.after_epoch(epoch, acc1)
-        if epoch.is_final:
+        checkpoints.after_epoch(acc1)
+        if log.is_final:
             break
-    log.finish()
-    return card.ranks.leave()
+    return log.finish()
 
 
 if __name__ == "__main__":

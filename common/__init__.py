@@ -1,65 +1,46 @@
-"""What the five bundles share: devices and ranks, feeding the device, checkpoints, log lines, the launcher.
-
-Import it before torch: a torch_npu that cannot work would end the process inside `import torch`.
-"""
+"""What must happen before torch is imported: a package that is missing, or a torch_npu that would end the process."""
 
 import ctypes
 import os
 import re
+import signal
 import sys
 from importlib.util import find_spec
 
 
-def _name_missing_package(kind, error, traceback):
-    """Show a package that is not installed as one line, and everything else as Python does."""
-    if kind is not ModuleNotFoundError or not error.name:
-        sys.__excepthook__(kind, error, traceback)
-        return
-    bundle = os.path.dirname(os.path.abspath(sys.argv[0]))
-    file = os.path.join(bundle, "requirements.txt")
-    file = file if os.path.isfile(file) else "BUNDLE/requirements.txt"
-    text = "[Error] {} is missing for {}: pip install -r {}"
-    print(text.format(error.name.partition(".")[0], sys.executable, file), file=sys.stderr)
-
-
-sys.excepthook = _name_missing_package
+def require(*packages):
+    """End the process with one line that says how to install the first of `packages` that is missing."""
+    for name in packages:
+        if find_spec(name) is None:
+            file = os.path.join(os.path.dirname(os.path.abspath(sys.argv[0])), "requirements.txt")
+            sys.exit("[Error] {} is missing for {}: pip install -r {}".format(name, sys.executable, file))
 
 
 def _read(package, name):
-    spec = find_spec(package)
+    spec = find_spec(package)  # does not import the package
     if spec is None or not spec.origin:
-        return None
+        return ""
     with open(os.path.join(os.path.dirname(spec.origin), name), encoding="utf-8") as file:
         return file.read()
 
 
 def _find_npu_problem():
     """Return why torch_npu, which is installed, cannot work here, with the cure; None otherwise."""
-    npu_text = _read("torch_npu", "version.py")
-    torch_text = _read("torch", "version.py")
-    if npu_text is None or torch_text is None:
+    texts = _read("torch_npu", "version.py"), _read("torch", "version.py")
+    npu, torch = (re.search(r"__version__ = ['\"](\d+\.\d+\.\d+)", text) for text in texts)
+    if not npu or not torch:
         return None
-    npu_version, torch_version = (re.search(r"__version__ = ['\"](\d+\.\d+\.\d+)", x) for x in (npu_text, torch_text))
-    if npu_version and torch_version and npu_version.group(1) != torch_version.group(1):
-        return 'torch_npu {0} does not fit torch {1}: pip install "torch_npu=={1}.*"'.format(
-            npu_version.group(1), torch_version.group(1)
-        )
-    cuda = re.search(r"^cuda\b.*= ['\"]([\d.]+)", torch_text, re.MULTILINE)
-    # Those that torch loads by itself register a second time what the CUDA build has registered: an abort.
-    if cuda and "def _autoload" in _read("torch_npu", "__init__.py"):
-        return (
-            "torch {0} is built for CUDA {1}, beside which torch_npu ends the process: "
-            "pip install torch=={0} --index-url https://download.pytorch.org/whl/cpu".format(
-                torch_version.group(1), cuda.group(1)
-            )
-        )
+    npu, torch = npu.group(1), torch.group(1)
+    if npu != torch:
+        return 'torch_npu {0} does not fit torch {1}: pip install "torch_npu=={1}.*"'.format(npu, torch)
+    cuda = re.search(r"^cuda\b.*= ['\"]([\d.]+)", texts[1], re.MULTILINE)
+    if cuda and "def _autoload" in _read("torch_npu", "__init__.py"):  # it registers operators twice: an abort
+        text = "torch {0} is built for CUDA {1}, beside which torch_npu ends the process: pip install torch=={0} {2}"
+        return text.format(torch, cuda.group(1), "--index-url https://download.pytorch.org/whl/cpu")
     try:
         ctypes.CDLL("libhccl.so")
     except OSError as error:
-        return (
-            "torch_npu finds no CANN ({}): install CANN's toolkit and kernels, then source "
-            "/usr/local/Ascend/cann/set_env.sh (older: /usr/local/Ascend/ascend-toolkit/set_env.sh)".format(error)
-        )
+        return "torch_npu finds no CANN ({}): install its toolkit and kernels, then source set_env.sh".format(error)
     for name in ("ASCEND_HOME_PATH", "ASCEND_OPP_PATH"):
         folder = os.environ.get(name, "")
         if "ASCEND_HOME_PATH" in os.environ and not os.path.isdir(folder):
@@ -67,6 +48,12 @@ def _find_npu_problem():
     return None
 
 
-NPU_PROBLEM = _find_npu_problem()
-if NPU_PROBLEM:
+NPU_PROBLEM = None
+if sys.argv[:1] != ["-m"]:  # python -m common.parse_log and common.pack use no card
+    require("torch", "numpy", "PIL", "tqdm")
+    NPU_PROBLEM = _find_npu_problem()
+if NPU_PROBLEM or sys.argv[:1] == ["-m"]:
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # no stack traces of connections that fail
+if os.path.basename(sys.argv[0]) == "main.py":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nor one of Ctrl-C while torch is imported

@@ -17,7 +17,7 @@ npu_default() { # name, value
 if [ -n "${ASCEND_HOME_PATH:-}" ]; then
     npu_default TASK_QUEUE_ENABLE 2            # launch kernels from a second thread: small networks wait for the host
     npu_default CPU_AFFINITY_CONF 1            # keep each rank's threads on the cores near its card
-    npu_default HCCL_CONNECT_TIMEOUT 1200      # ranks may start minutes apart (slow disks); less than the 40 minutes of common/ranks.py
+    npu_default HCCL_CONNECT_TIMEOUT 1200      # ranks may start minutes apart (slow disks); less than the 40 minutes of common/distributed.py
     npu_default ASCEND_SLOG_PRINT_TO_STDOUT 0  # CANN's own log goes to its files
     npu_default ASCEND_GLOBAL_LOG_LEVEL 3      # errors only: lower levels slow every call
     npu_default ASCEND_GLOBAL_EVENT_ENABLE 0   # no event log either

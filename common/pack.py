@@ -13,104 +13,111 @@ import multiprocessing
 import os
 import shutil
 import sys
-import time
 
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
-from common import errors, files, scan
-from common.decode import EncodedImage, resize
+from common import data, errors
+from common.arguments import OptionType, positive_int, whole_number
+from common.checkpoint import write_atomic
 from common.errors import UserError, printable
-from common.folder import ImageFolder, pack_path
+from common.transforms import EncodedImage, reason_of, resize
 
-SPLITS = ("train", "val")
+quality = OptionType("a whole number from 1 to 100", int, lambda value: 1 <= value <= 100)
 
 
-def smaller(data, size, quality):
-    """Return (bytes, error): the image `data` with a shorter side of `size` pixels, or `data` where it is no longer.
+class Pack:
+    """The packed `folder`: its `classes`, and the `names` of the images (numpy bytes [n]), as CLASS/.../FILE."""
 
-    The error is None, or says why the image cannot be decoded; then the bytes are `data`.
-    """
-    if not size:
-        return data, None
-    try:
-        image = EncodedImage(data)
-        shorter = min(image.height, image.width)
-        pixels = image.pixels()
-    except Exception as error:  # decoders raise anything
-        return data, "{}: {}".format(type(error).__name__, error)
+    def __init__(self, folder):
+        """Read the index; raises UserError where it is damaged, or is not that of the file of images."""
+        try:
+            with np.load(folder + ".index.npz", allow_pickle=False) as index:
+                self.classes = [os.fsdecode(name) for name in index["classes"].tolist()]
+                self.names, self._ends = index["names"], index["ends"]
+            self._file = open(folder + ".pack", "rb", buffering=0)
+            size, expected = os.path.getsize(folder + ".pack"), int(self._ends[-1])
+        except Exception as error:  # zipfile and numpy raise anything
+            raise UserError("{}.index.npz cannot be read: {}: pack the data set again".format(folder, error)) from None
+        if size != expected:
+            raise UserError("{}.pack has {} bytes, its index says {}: copy it again".format(folder, size, expected))
+
+    def read(self, index):
+        """Return the bytes of image `index`."""
+        start, end = int(self._ends[index - 1]) if index else 0, int(self._ends[index])
+        return os.pread(self._file.fileno(), end - start, start)  # no position, which processes would share
+
+
+def shrink(encoded, size, quality):
+    """Return the image file `encoded` (bytes) with a shorter side of `size` pixels, or as it is if that is shorter."""
+    image = EncodedImage(encoded)
+    shorter, pixels = min(image.height, image.width), image.pixels()
     if shorter <= size:
-        return data, None
+        return encoded
     height, width = (round(side * size / shorter) for side in (image.height, image.width))
-    result = torch.empty(height, width, 3, dtype=torch.uint8)
-    resize(pixels, result, "bicubic")
     file = io.BytesIO()
-    Image.fromarray(result.numpy()).save(file, "JPEG", quality=quality)
-    return file.getvalue(), None
+    Image.fromarray(resize(pixels, height, width, "bicubic").numpy()).save(file, "JPEG", quality=quality)
+    return file.getvalue()
 
 
-def _start(*job):
-    torch.set_num_threads(1)
-    _start.job = job
+_images, _args = None, None  # of the split that is being packed, for the processes that are forked for it
 
 
 def _convert(number):
-    images, size, quality = _start.job
+    """Return (bytes of image `number`, why it cannot be decoded or None)."""
+    encoded = b""
     try:
-        return smaller(images.read(number), size, quality)
-    except OSError as error:
-        return b"", str(error)
+        encoded = _images.read(number)
+        return shrink(encoded, _args.size, _args.quality) if _args.size else encoded, None
+    except Exception as error:  # decoders raise anything
+        return encoded, reason_of(error)
 
 
 def pack_split(source, target, split, args):
     """Write `target`/`split`.pack and its index from `source`/`split`; return how many images are bad."""
-    images = ImageFolder(source, split, scan.class_names(os.path.join(source, split)))
-    bad, lengths, started = 0, [], time.time()
-    told = started
-    pool = multiprocessing.get_context("fork").Pool(args.workers, _start, (images, args.size, args.quality))
-    with pool, open(pack_path(target, split), "xb") as file:
-        for number, (data, error) in enumerate(pool.imap(_convert, range(len(images)), chunksize=16), 1):
-            file.write(data)
-            lengths.append(len(data))
+    global _images, _args
+    images, path = data.ImageFolder(source, split, data.find_classes(source, split)), os.path.join(target, split)
+    _images, _args, bad, lengths = images, args, 0, []
+    pool = multiprocessing.get_context("fork").Pool(args.workers, torch.set_num_threads, (1,))
+    with pool, open(path + ".pack", "xb") as file:
+        results = tqdm(pool.imap(_convert, range(len(images)), chunksize=16), split, len(images), unit=" images")
+        for number, (encoded, error) in enumerate(results):
+            file.write(encoded)
+            lengths.append(len(encoded))
             if error is not None:
                 bad += 1
-                print("[Warning] {}: {}; kept as it is".format(printable(images.path(number - 1)), error), flush=True)
-            if time.time() - told > 10 or number == len(images):
-                told, rate = time.time(), number / (time.time() - started)
-                print("{}: {} of {} images, {:.0f}/s".format(split, number, len(images), rate), flush=True)
-    files.sync(pack_path(target, split))
-    index = io.BytesIO()
-    np.savez(index, byte_ends=np.cumsum(np.array(lengths, dtype=np.int64)), **scan.as_arrays(images.index))
-    path = pack_path(target, split, ".index.npz")
-    os.replace(files.write_beside(path, index.getvalue()), path)
+                tqdm.write("[Warning] {}: {}; kept as it is".format(printable(images.path(number)), error))
+        file.flush()
+        os.fsync(file.fileno())
+    classes, index = np.array([os.fsencode(name) for name in images.classes]), io.BytesIO()
+    np.savez(index, classes=classes, names=images.names, ends=np.cumsum(lengths))
+    write_atomic(path + ".index.npz", index.getvalue())
     return bad
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m common.pack", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("source", metavar="SRC", help="folder with train/ or val/ or both")
-    parser.add_argument("target", metavar="DST", help="new folder")
-    parser.add_argument("--size", type=int, default=256, metavar="PIXELS", help="of the shorter side (default: 256)")
-    parser.add_argument("--quality", type=int, default=90, metavar="Q", help="of the JPEG files (default: 90)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="(default: cores)")
+    """Pack what the command line says; return the exit status."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m common.pack", description=__doc__, formatter_class=form)
+    add = parser.add_argument
+    add("source", metavar="SRC", help="folder with train/ or val/ or both")
+    add("target", metavar="DST", help="new folder")
+    add("--size", type=whole_number, default=256, metavar="PIXELS", help="of the shorter side (default: 256)")
+    add("--quality", type=quality, default=90, metavar="Q", help="of the JPEG files (default: 90)")
+    add("--workers", type=positive_int, default=os.cpu_count() or 1, metavar="N", help="(default: cores)")
     args = parser.parse_args(argv)
-    splits = [split for split in SPLITS if os.path.isdir(os.path.join(args.source, split))]
+    splits = [split for split in ("train", "val") if data.has_split(args.source, split)]
     if not splits:
         raise UserError("{} has neither a train/ nor a val/ folder".format(args.source))
     target = args.target.rstrip(os.sep)
     if os.path.lexists(target):
         raise UserError("{} exists already: give the name of a new folder".format(target))
-    if args.size < 0 or not 1 <= args.quality <= 100 or args.workers < 1:
-        raise UserError("--size is 0 or more, --quality 1 to 100, --workers 1 or more")
-    part = target + ".part"
-    shutil.rmtree(part, ignore_errors=True)
-    os.makedirs(part)
-    bad = sum([pack_split(args.source, part, split, args) for split in splits])
-    os.replace(part, target)
-    files.sync(os.path.dirname(os.path.abspath(target)))
+    shutil.rmtree(target + ".part", ignore_errors=True)
+    os.makedirs(target + ".part")
+    bad = sum([pack_split(args.source, target + ".part", split, args) for split in splits])
+    os.replace(target + ".part", target)
     print("{} is complete{}".format(target, "; {} images cannot be decoded".format(bad) if bad else ""))
     return 0
 

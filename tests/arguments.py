@@ -23,7 +23,7 @@ ADDRESS = re.compile(r"https?://[\w./~?#=&%+:-]*[\w/]|[\w.+-]+@[\w-]+\.[\w.-]+\w
 
 def _option(action):
     metavar = action.metavar or ("" if action.choices is None else "|".join(map(str, action.choices)))
-    metavar = metavar or getattr(action.type, "__name__", "text").upper()
+    metavar = metavar or ("TEXT" if action.type is None else "X")
     words = "" if action.nargs == 0 else " [{}]".format(metavar) if action.nargs == "?" else " " + metavar
     *others, last = action.option_strings
     return ", ".join("`{}`".format(name) for name in [*others, last + words])

@@ -90,6 +90,32 @@ def run_script(bundle, name, *options, **kwargs):
     return run(["bash", bundle / "test" / "train_{}.sh".format(name), *options], **kwargs)
 
 
+SMALL = {  # two images on a last map of 1x1 would leave BatchNorm two numbers, and gradients beyond all bounds
+    "MnasNet": ["--arch", "mnasnet0_5", "--image-size", "64"],
+    "SPNASNet_100": ["--image-size", "64"],
+    "SPACH-SMLP": ["--image-size", "32"],
+    "PnasNet5Large": ["--image-size", "64", "--aux-weight", "0"],
+    "ShuffleNetV2": ["--arch", "shufflenet_v2_x0_5", "--image-size", "32"],
+}
+
+
+def small(bundle):
+    """Return flags that make a bundle's network and images small enough for a test; any new bundle needs some."""
+    return SMALL[bundle]
+
+
+def assert_refused(process, status, *words):
+    """Assert one clear line with `words`, the exit status, and nothing that looks like a result or a crash."""
+    text = process.stdout + (process.stderr or "")
+    assert process.returncode == status, text
+    errors = [line for line in text.splitlines() if line.startswith("[Error]")]
+    assert len(errors) == 1, text
+    for word in words:
+        assert word in errors[0]
+    assert "Final" not in text
+    assert "traceback" not in text.lower()  # "(traceback in FILE)" too: an error that nobody has foreseen
+
+
 def result_file(bundle, kind, device_id=0):
     """Return the keys and values of the run's only ..._<kind>.log."""
     (path,) = (bundle / "test" / "output" / str(device_id)).glob("*_{}.log".format(kind))

@@ -41,7 +41,7 @@ for pair in $versions; do
     fi
     LEGACY+="$torch=$PWD/.legacy/$torch/bin/python "
     case $torch in
-    2.1) packages=(torch==2.1.0 torchvision==0.16.0 'numpy<2' pillow simplejpeg safetensors timm==1.0.31) ;;
+    2.1) packages=(torch==2.1.0 torchvision==0.16.0 'numpy<2' pillow simplejpeg safetensors tqdm timm==1.0.31) ;;
     *) packages=(-r "SPACH-SMLP/${torch}_requirements.txt") ;; # of the five the one with the most in it
     esac
     make_environment "$torch" "$interpreter" "${packages[@]}" &

@@ -23,8 +23,8 @@ def number(tensor):
     return (bits * torch.arange(1, len(bits) + 1, device=bits.device)).sum().item()
 
 
-def after_epoch_and_checksum(self, epoch, acc1):
-    after_epoch(self, epoch, acc1)
+def after_epoch_and_checksum(self, acc1):
+    after_epoch(self, acc1)
     model = self._parts["state_dict"]
     numbers = [number(parameter.detach()) for parameter in model.parameters()]
     with open(os.path.join(OUT, "rank{}".format(os.environ.get("RANK", 0))), "w") as file:
@@ -39,9 +39,8 @@ else:
     # main.py starts its ranks with the words after argv[0], so they must come through here again.
     import main
 
-    from common import launcher
+    from common import distributed
 
-    arguments = sys.argv[3:]
-    launch = launcher.launch
-    launcher.launch = lambda args, argv: launch(args, [OUT, BUNDLE, *argv])
+    arguments, spawn = sys.argv[3:], distributed.spawn
+    distributed.spawn = lambda args, argv: spawn(args, [OUT, BUNDLE, *argv])
     main.errors.run_and_exit(lambda: main.main(arguments))

@@ -13,7 +13,6 @@ from tests.conftest import run
 
 ORDER = [
     "build_parser",
-    "parse_args",
     "build_loaders",
     "build_model",
     "build_optimizer",
@@ -50,7 +49,7 @@ def test_layout_and_reading_order(bundle):
     for name in ("requirements.txt", "README.md", "models/__init__.py", "models/pretrained.py"):
         assert (ROOT / bundle / name).is_file(), name
     text = (ROOT / bundle / "main.py").read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 350
+    assert 150 <= len(text.splitlines()) <= 320
     names = [node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
     assert [name for name in names if name in ORDER] == ORDER
     for word in ("npu", "cuda", "cpu"):  # common.device decides
@@ -67,8 +66,8 @@ def assert_help_is_readable(text):
     ]
     options = re.split(r"\n  (?=-)", text.partition("\nnetwork")[2].partition("\nexamples:")[0])[1:]
     assert [option for option in options if not re.search(r"(  |\n)\s*\S+", option)] == []
-    assert re.search(r"--print-freq N\s.*\(default: 10\)", text)
-    assert re.search(r"--seed INT\s[^-]*\(default:\s+0\)", text)
+    assert re.search(r"--print-freq N\s[^-]*\(default:\s+10\)", text)
+    assert re.search(r"--seed N\s.*\n.*\(default: 0\)", text)
     assert "None" not in text and "False" not in text
     assert max(len(line) for line in text.partition("options:")[2].partition("examples:")[0].splitlines()) <= 80
     assert "    python main.py --data" in text.partition("\nexamples:\n")[2]
@@ -96,7 +95,7 @@ def test_a_changed_copy_is_found_and_renewed(bundle, tmp_path):
         shutil.copytree(str(ROOT / name), str(tmp_path / name), ignore=shutil.ignore_patterns("output", "*.pth.tar*"))
     path = tmp_path / bundle / "main.py"
     good = path.read_text(encoding="utf-8")
-    path.write_text(good.replace("card.for_evaluation(model)", "model.eval()"), encoding="utf-8")
+    path.write_text(good.replace("model.eval()", "model.train(False)"), encoding="utf-8")
     assert copies.problems(tmp_path)
     copies.fix(tmp_path)
     assert copies.problems(tmp_path) == []
@@ -127,4 +126,4 @@ def test_bundles_never_import_each_other(bundle):
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_without_a_word_the_device_is_chosen(bundle):
     with imported(bundle, "main") as main:
-        assert main.parse_args([]).device == "auto"
+        assert main.build_parser().parse_args([]).device == "auto"

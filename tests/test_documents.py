@@ -50,7 +50,7 @@ def test_the_table_of_arguments():
         "| option | default | meaning |",
         "|---|---|---|",
         "| `-a`, `--arch small\\|large` | `small` | one of small, large |",
-        "| `--lr FLOAT` | `0.1` | Rate |",
+        "| `--lr X` | `0.1` | Rate |",
         "| `--amp` |  | mixed \\| half |",
         "| `--sheet [PNG]` |  | draw |",
     ]

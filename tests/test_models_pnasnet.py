@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.input import import_torchvision
+from common.transforms import import_torchvision
 from tests.bundles import ROOT, imported
 from tests.conftest import LONG, run
 from tests.deterministic import fill_, images

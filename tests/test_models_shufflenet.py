@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from common.input import import_torchvision
+from common.transforms import import_torchvision
 from tests.bundles import imported
 from tests.deterministic import fill_, images
 

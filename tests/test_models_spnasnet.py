@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from common.input import import_torchvision
+from common.transforms import import_torchvision
 from tests.bundles import imported
 from tests.deterministic import fill_, images
 

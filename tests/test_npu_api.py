@@ -13,8 +13,7 @@ from tests.npu.harness import NPU, PYTHON, assert_fine, run
 NAMES = json.loads((NPU / "names.json").read_text())
 NEWEST = "2.13.0"
 # How `torch.npu` is called where the code does not write it out.
-ALIASES = {"npu": "torch.npu", "self._module": "torch.npu", "device._module": "torch.npu"}
-ALIASES["self._device._module"] = "torch.npu"
+ALIASES = dict.fromkeys(["backend", "self.module", "card.module", "self._card.module"], "torch.npu")
 # Constructed by getattr, with the keywords that the bundles give.
 FUSED = {
     "torch_npu.optim.NpuFusedSGD": {"lr", "momentum", "weight_decay", "nesterov"},
@@ -70,7 +69,7 @@ def parameters(signature):
 def test_every_name_exists_with_the_signature_that_is_used():
     found = list(uses())
     names = {name for _, name, *_ in found}
-    found += [("ascend.py", name, keywords, 1, False) for name, keywords in FUSED.items()]
+    found += [("npu.py", name, keywords, 1, False) for name, keywords in FUSED.items()]
     assert {"torch.npu.set_device", "torch.npu.set_compile_mode", "torch_npu.npu.amp.GradScaler"} <= names
     for version in NAMES:
         for file, name, keywords, count, guarded in found:

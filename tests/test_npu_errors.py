@@ -1,17 +1,16 @@
 """What users of NPUs meet is one clear line with the cure, exit status 1, no traceback. What the fake card refuses."""
 
-import concurrent.futures
 import json
 import os
-import socket
+import re
 import subprocess
 import sys
 
 import pytest
 
 from tests.bundles import ROOT
-from tests.npu.harness import CANN, PYTHON, assert_fine, cards, run
-from tests.test_scripts import small
+from tests.conftest import small
+from tests.npu.harness import PYTHON, cards, run
 
 NPU = ["--device=npu"]
 
@@ -23,12 +22,13 @@ def main(few_digits, *flags, **kwargs):
 
 
 def assert_one_line(process, *words):
+    """Check the one error; ranks that meet it while another one ends may say it too."""
     assert process.returncode == 1, process.stdout
     lines = [line for line in process.stdout.splitlines() if line.startswith("[Error]")]
-    assert len(lines) == 1, process.stdout
-    assert "Traceback" not in process.stdout
+    (line,) = {re.sub("rank [0-9]+: ", "", line) for line in lines}
+    assert "traceback" not in process.stdout.lower()
     for word in words:
-        assert word in lines[0]
+        assert word in line
 
 
 FAULTS = {
@@ -40,8 +40,8 @@ FAULTS = {
         ["has 2 (0 to 1)", "numbers those"],
     ),
     "more ranks than cards": (cards(2), {"FAKE_NPU_COUNT": "1"}, ["card 1", "has 1 (0 to 0)"]),
-    "card cannot be opened": (NPU, {"FAKE_NPU_MISSING": "0"}, ["cannot be opened", "npu-smi"]),
-    "memory": (NPU, {"FAKE_NPU_MEMORY_MIB": "12"}, ["out of memory: try --batch-size 4 "]),
+    "card cannot be opened": (NPU, {"FAKE_NPU_MISSING": "0"}, ["is the card healthy (npu-smi info)"]),
+    "memory": (NPU, {"FAKE_NPU_MEMORY_MIB": "12"}, ["out of memory", "a smaller --batch-size (--lr in proportion)"]),
     "hccl timeout": (
         cards(2),
         {"FAKE_NPU_HCCL_HANG": "1:5", "HCCL_EXEC_TIMEOUT": "3"},
@@ -52,7 +52,6 @@ FAULTS = {
         {"FAKE_NPU_SOC": "Ascend910A"},
         ["Ascend910A has none", "use float16"],
     ),
-    "loss scale": ([*NPU, "--amp", "--loss-scale=-1"], {}, ["--loss-scale '-1'"]),
     "fused on a CPU": (["--device=cpu", "--fused-optimizer"], {}, ["is the NPU's"]),
     "CANN is gone": (NPU, {"ASCEND_HOME_PATH": "/nowhere"}, ["/nowhere", "set_env.sh"]),
 }
@@ -69,27 +68,6 @@ def test_cann_that_is_not_sourced(flags, few_digits):
     """Also without --device: who has installed torch_npu does not want to train on the CPU by mistake."""
     words = ["finds no CANN", "libhccl.so", "set_env.sh"] + ([] if flags else ["--device cpu trains without it"])
     assert_one_line(main(few_digits, *flags, cann=False), *words)
-
-
-def test_a_port_in_use(few_digits):
-    with socket.socket() as other_program:
-        other_program.bind(("127.0.0.1", 0))
-        other_program.listen()
-        url = "tcp://127.0.0.1:{}".format(other_program.getsockname()[1])
-        assert_one_line(main(few_digits, *cards(2), "--dist-url", url), "another job", "--dist-url")
-
-
-def test_two_jobs_on_one_port(few_digits):
-    """Started at once, when the ranks of neither listen yet: one trains to its end, the other is refused."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = "--dist-url=tcp://127.0.0.1:{}".format(free.getsockname()[1])
-    with concurrent.futures.ThreadPoolExecutor() as threads:
-        jobs = [threads.submit(main, few_digits, *NPU, "--device-list=" + list_, url) for list_ in ("0,1", "2,3")]
-        refused, trained = sorted((job.result() for job in jobs), key=lambda job: -job.returncode)
-    assert_one_line(refused, "another job", "--dist-url")
-    assert_fine(trained)
-    assert "=> result" in trained.stdout
 
 
 @pytest.mark.parametrize(
@@ -116,28 +94,6 @@ def test_what_would_break_the_import_of_torch_is_found_before(npu_version, cuda,
     assert output.strip().endswith(" 0")
     for word in words:
         assert word in output
-
-
-WORKER = """
-import common, sys
-import torch
-from common import errors
-class Images(torch.utils.data.Dataset):
-    def __len__(self):
-        return 1
-    def __getitem__(self, index):
-        return torch.ones(1).to("npu:0")
-def main():
-    torch.npu.set_device(0)
-    torch.ones(1).to("npu:0")
-    next(iter(torch.utils.data.DataLoader(Images(), num_workers=1)))
-errors.run_and_exit(main)
-"""
-
-
-def test_a_worker_that_uses_the_npu():
-    process = run([PYTHON, "-c", WORKER], PYTHONPATH="{}:{}".format(CANN / "python", ROOT))
-    assert_one_line(process, "data sets and transforms run in other processes: keep them on the CPU")
 
 
 REFUSED = {

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from tests.bundles import BUNDLES, ROOT
-from tests.npu.harness import CHIPS, LONG, PYTHON, assert_all_on_the_cards, assert_fine, cards, run
-from tests.test_scripts import small
+from tests.conftest import LONG, small
+from tests.npu.harness import CHIPS, PYTHON, assert_all_on_the_cards, assert_fine, cards, run
 
 # (bundle, chip, ranks): SGD and AdamW; the long form is every bundle on 8 cards of either chip
 SHORT = [("MnasNet", "Ascend910A", 8), ("SPACH-SMLP", "Ascend910B3", 2)]
@@ -55,34 +55,34 @@ MISTAKES = {
     "the CPU in silence": ("common/device.py", 'return "npu"', 'return "cpu"', CHIPS[1], "computed nothing on a card"),
     "a part on the CPU": (
         "MnasNet/main.py",
-        "criterion(logits, targets)",
-        "criterion(logits.cpu(), targets.cpu()).to(logits.device)",
+        "criterion(logits, batch.targets)",
+        "criterion(logits.cpu(), batch.targets.cpu()).to(logits.device)",
         CHIPS[1],
         "copies to the host",
     ),
     "labels on another card": (
-        "common/input.py",
-        "self.device.upload(self._targets[slot, :rows])",
-        'self.device.upload(self._targets[slot, :rows]).to("npu:7")',
+        "common/data.py",
+        "self._card.upload(torch.tensor(targets))",
+        'self._card.upload(torch.tensor(targets)).to("npu:7")',
         CHIPS[1],
         "Expected all tensors to be on the same device",
     ),
     "every rank on card 0": (
         "common/device.py",
-        "torch.device(self.type, card)",
+        "torch.device(self.type, number)",
         "torch.device(self.type, 0)",
         CHIPS[1],
         "both run on card 0",
     ),
     "a float64 sum over hccl": (
-        "common/ranks.py",
+        "common/distributed.py",
         "dist.all_reduce(tensor)\n        return tensor",
         "dist.all_reduce(tensor.cpu().double().to(tensor.device))\n        return tensor",
         CHIPS[1],
         "Unsupported data type at::kDouble",
     ),
     "a scaler that tells no other rank": (
-        "common/ascend.py",
+        "common/npu.py",
         "None if has_inf()",
         "None if True",
         CHIPS[0],

@@ -4,11 +4,11 @@ import json
 import re
 
 import pytest
+import torch
 
 from tests.bundles import BUNDLES, ROOT
-from tests.conftest import loss_file, result_file
+from tests.conftest import loss_file, result_file, small
 from tests.npu.harness import CANN, CHIPS, LONG, PYTHON, assert_all_on_the_cards, assert_fine, run
-from tests.test_scripts import small
 
 
 def main(bundle, *flags, **kwargs):
@@ -40,7 +40,7 @@ def test_twenty_steps_in_float32_lose_what_the_cpu_loses(bundle, bundle_copy, fe
     """With one memory layout on both: after ReLUs two layouts on one CPU part already."""
     place = bundle_copy(bundle)
     options = ["--data_path={}".format(few_digits), "--opt-level=O0", "--max_steps=20", "--epochs=9", "--batch_size=4"]
-    options += ["--learning_rate=0.01", "--workers=1", "--memory-format=contiguous", "--stock-layers"]
+    options += ["--learning_rate=0.01", "--workers=1", "--memory-format=contiguous", "--torch-layers"]
     options += small(bundle)
     losses = []
     for device in ("cpu", "npu"):
@@ -102,7 +102,8 @@ def test_every_mode_of_the_scripts(bundle, cards, bundle_copy, few_digits, tmp_p
             continue
         script(place, "{}_{}".format(mode, kind), *common, *options, timeout=1800, FAKE_NPU_SOC=chip)
         for result in {"performance": ["perf"], "eval": ["acc"]}.get(mode, ["perf", "acc"]):
-            values = result_file(place, result)
+            # An evaluation leaves the folder of a training alone.
+            values = result_file(place, result, "0_eval" if mode == "eval" else 0)
             assert values["Device"] == "npu ({})".format(chip)
             assert values["RankSize"] == str(cards)
 
@@ -127,6 +128,26 @@ def test_the_fused_optimizer_gives_the_same_losses(bundle, chip, few_digits, tmp
 
 
 @pytest.mark.parametrize("chip", CHIPS)
+def test_a_fixed_loss_scale_stays_after_an_overflow_and_after_a_resume(chip, few_digits, tmp_path):
+    """The overflowed step is skipped and counted; a scale that was not dynamic is never taken over."""
+    flags = ["--device=npu", "--data", few_digits, "-b", "8", "--eval-freq=0", "--epochs=9", "--amp", "--lr=0.001"]
+    flags += ["--output-dir", tmp_path]
+    output = main("MnasNet", *flags, "--loss-scale=8", "--max-steps=3", FAKE_NPU_SOC=chip, FAKE_NPU_OVERFLOW="0:5")
+    assert "float16, loss scale 8" in output and "skipped 1 steps: a gradient overflowed" in output
+    states = []
+    for steps, loss_scale in ((3, None), (4, "16"), (5, "dynamic"), (6, "dynamic")):
+        if loss_scale:
+            resume = ["--resume", tmp_path / "checkpoint.pth.tar", "--max-steps={}".format(steps)]
+            main("MnasNet", *flags, *resume, "--loss-scale={}".format(loss_scale), FAKE_NPU_SOC=chip)
+        content = torch.load(str(tmp_path / "checkpoint.pth.tar"), weights_only=True)
+        states.append([content["precision"][key] for key in ("scale", "_growth_tracker", "skipped")])
+    assert states[0][0] == 8 and states[1][0] == 16
+    assert [state[2] for state in states[:2]] == [1, 1]
+    assert states[2][0] in (2.0**16, 2.0**15)  # the first steps at 65536 may overflow
+    assert states[3][0] == states[2][0] / 2 or states[3][1] == states[2][1] + 1  # it goes on from there
+
+
+@pytest.mark.parametrize("chip", CHIPS)
 def test_one_card_does_all_the_work(chip, few_digits, tmp_path):
     flags = ["--data", few_digits, "-b", "8", "--amp", "--eval-freq=0", "--no-save", "--max-steps=6", "--epochs=9"]
     main("MnasNet", *flags, "--device=npu", FAKE_NPU_STATS=str(tmp_path), FAKE_NPU_SOC=chip)
@@ -138,7 +159,7 @@ LOOK = """
 import json, sys
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/.."]
 import main, torch, torch_npu
-from common import device
+from common import precision
 seen = {"layers": set(), "targets": set()}
 def look(module, inputs):
     if isinstance(module, main.LabelSmoothing):
@@ -146,14 +167,15 @@ def look(module, inputs):
     elif isinstance(inputs[0], torch.Tensor):
         seen["layers"].add((inputs[0].is_contiguous(), str(inputs[0].device)))
 torch.nn.modules.module.register_module_forward_pre_hook(look)
-build = device.Precision._build_scaler
-def build_and_look(self, loss_scale):
-    scaler = build(self, loss_scale)
+build = precision._build_scaler
+def build_and_look(*arguments):
+    scaler = build(*arguments)
     seen["scaler"] = type(scaler).__module__.split(".")[0], scaler.get_scale(), getattr(scaler, "_dynamic", True)
     return scaler
-device.Precision._build_scaler = build_and_look
+precision._build_scaler = build_and_look
 main.main(sys.argv[2:])
 seen["compiles"] = not torch.npu.is_jit_compile_false()
+seen["hf32"] = torch.npu.conv.allow_hf32 or torch.npu.matmul.allow_hf32
 seen["private formats"] = torch_npu._C._npu_getOption("ALLOW_INTERNAL_FORMAT") != b"disable"
 print("seen", json.dumps({key: sorted(value) if isinstance(value, set) else value for key, value in seen.items()}))
 """
@@ -172,6 +194,7 @@ def test_how_a_card_is_set_up(chip, scaler, few_digits):
         "targets": ["torch.int64"],
         "scaler": [scaler, 128, True],  # a fixed scale that still looks for overflows
         "compiles": False,
+        "hf32": False,
         "private formats": False,
     }
 

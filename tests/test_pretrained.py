@@ -1,13 +1,14 @@
 """`--pretrained` takes every official checkpoint format, says what it did, and refuses another network's file."""
 
 import copy
+import types
 
 import pytest
 import torch
 
-from common import safe_load, weights
+from common import checkpoint, weights
 from common.errors import UserError
-from common.input import import_torchvision
+from common.transforms import import_torchvision
 from tests.bundles import BUNDLES, imported
 from tests.deterministic import fill_, images
 
@@ -30,7 +31,7 @@ def load(bundle, path, num_classes=1000, may_replace_head=True, arch=None, **opt
     with imported(bundle) as models:
         model = getattr(models, arch or ARCH[bundle])(num_classes, **options)
         convert = __import__("models.pretrained", fromlist=["convert"]).convert
-        content = safe_load.read(str(path))
+        content = checkpoint.read(str(path))
         lines = weights.load(model, content, str(path), convert, may_replace_head)
     return model.eval(), lines
 
@@ -147,3 +148,31 @@ def test_a_file_without_a_state_dict_is_refused(tmp_path):
     torch.save({"epoch": 3, "loss": [1.0]}, str(tmp_path / "weights.pth"))
     with pytest.raises(UserError, match="holds no state dict"):
         load("MnasNet", tmp_path / "weights.pth")
+
+
+def test_which_weights_of_a_file_are_taken_is_said(tmp_path):
+    with imported("MnasNet") as models:
+        state = models.mnasnet0_5(10).state_dict()
+        model = models.mnasnet0_5(10)
+    average = {key: value + 1 for key, value in state.items()}
+    content = {"state_dict": state, "state_dict_ema": average, "epoch": 3, "optimizer": {"state": {}}}
+    lines = weights.load(model, content, "x", lambda state, model: (state, []), False)
+    assert lines == ["loaded {0} of {0} tensors from state_dict of x (not state_dict_ema)".format(len(state))]
+    assert torch.equal(model.state_dict()["layers.0.weight"], state["layers.0.weight"])
+    lines = weights.load(model, content, "x", lambda state, model: (state, []), False, key="state_dict_ema")
+    assert lines == ["loaded {0} of {0} tensors from state_dict_ema of x (not state_dict)".format(len(state))]
+    assert torch.equal(model.state_dict()["layers.0.weight"], average["layers.0.weight"])
+    del content["state_dict_ema"]
+    with pytest.raises(UserError, match="x has no state_dict_ema"):
+        weights.load(model, content, "x", lambda state, model: (state, []), False, key="state_dict_ema")
+
+
+@pytest.mark.parametrize("names, is_named", [(["a", "c"], True), (["a", "b"], False), (["a", "b", "c"], False)])
+def test_a_head_of_other_classes_is_named(names, is_named):
+    """Fine-tuning on as many classes of other names keeps the head, and says so."""
+    args = types.SimpleNamespace(synthetic=False, data="d", evaluate=False, num_classes=None, notices=[])
+    args.pretrained, args.classes_by_position = "x", False
+    loader = types.SimpleNamespace(images=types.SimpleNamespace(classes=names))
+    assert weights.class_names(args, {"classes": ["a", "b"]}, loader) == names
+    assert len(args.notices) == is_named
+    assert not is_named or ("a, b" in args.notices[0] and "a, c" in args.notices[0])

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from common.input import import_torchvision, import_torchvision_transforms
+from common import data
+from common.transforms import import_torchvision
 from tests.bundles import imported
 from tests.deterministic import fill_, images
 
-import_torchvision_transforms()
+import_torchvision()
 from timm.data.mixup import Mixup  # noqa: E402
 from timm.data.random_erasing import RandomErasing  # noqa: E402
 from timm.scheduler import CosineLRScheduler  # noqa: E402
@@ -27,11 +28,16 @@ def card(world_size=8):
     return types.SimpleNamespace(ranks=ranks, optimizer=build)
 
 
+def parse(main, *flags):
+    """Return the options of a bundle's main module."""
+    return main.arguments.parse(main.build_parser(), list(flags))
+
+
 def recipe(bundle, *flags):
     """Return (optimizer, schedule, model) of a bundle's recipe for a small model."""
     with imported(bundle, "main") as main:
         model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
-        optimizer, schedule = main.build_optimizer(main.parse_args(["--synthetic", *flags]), card(), model)
+        optimizer, schedule = main.build_optimizer(parse(main, "--synthetic", *flags), card(), model)
     return optimizer, schedule, model
 
 
@@ -112,7 +118,7 @@ def test_random_erasing_is_noise_per_pixel():
 @pytest.mark.parametrize("count", [8, 7])
 def test_mixup_targets_are_timms(count):
     with imported("SPACH-SMLP", "main") as main:
-        augment = main.Augment(main.parse_args(["--synthetic", "--reprob", "0"]), 10)
+        augment = main.Augment(parse(main, "--synthetic", "--reprob", "0"), 10)
     batch, targets = torch.randn(count, 3, 16, 16), torch.arange(count) % 10
     np.random.seed(3)
     mixed, soft = augment(batch.clone(), targets)
@@ -153,25 +159,26 @@ def test_the_auxiliary_loss():
 def test_twenty_steps_follow_torchvision_in_a_plain_loop(memory_format, monkeypatch):
     """Equal weights, equal batches, the same recipe: the losses agree to 1e-5."""
     from common import device, logger
+    from common.precision import Precision
 
     batches = [(images(8, 64).float() + 0.1 * step, torch.arange(8) * 7 % 10) for step in range(20)]
     reference = import_torchvision().models.mnasnet1_0(num_classes=10)
     with imported("MnasNet", "main") as main:
-        args = main.parse_args([*FLAGS.split(), "--memory-format", memory_format])
+        args = parse(main, *FLAGS.split(), "--memory-format", memory_format)
         processor = device.Device(args)
         model = main.models.mnasnet1_0(10, dropout=0.0, bn_momentum=0.1)
         fill_(model)
         reference.load_state_dict(model.state_dict())
         model = processor.prepare(model)
-        loader = _Loader(batches)
         log = logger.Log(processor, args, "MnasNet")
         losses = []
-        monkeypatch.setattr(log.metrics, "record", lambda kind, **values: losses.extend(values.get("losses", [])))
+        monkeypatch.setattr(log, "step", lambda loss, *others: losses.append(loss.item()) or 0)
         optimizer, schedule = main.build_optimizer(args, processor, model)
-        epoch = log.train(loader, 0, 0, args)
-        nothing = types.SimpleNamespace(after_step=lambda epoch: None)
-        precision = device.Precision(processor, args, model, optimizer)
-        main.train_one_epoch(epoch, model, main.LabelSmoothing(0.1), optimizer, schedule, precision, nothing)
+        nothing = types.SimpleNamespace(samples=0, after_step=lambda batch, stop_signal: None)
+        precision = Precision(processor, args, model, optimizer)
+        criterion = main.LabelSmoothing(0.1)
+        loader = _Loader(batches)
+        main.train_one_epoch(loader, 0, model, criterion, optimizer, schedule, precision, log, nothing)
 
     for module in reference.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -193,9 +200,9 @@ def test_twenty_steps_follow_torchvision_in_a_plain_loop(memory_format, monkeypa
 
 
 class _Loader:
-    """Twenty given batches, in the form of an `input.Loader`."""
+    """Twenty given batches, in the form of a `data.Loader`."""
 
-    batch_size, world, steps, wait_seconds = 8, 1, 20, 0.0
+    batch_size, world, steps, wait_seconds, new_bad = 8, 1, 20, 0.0, 0
 
     def __init__(self, batches):
         self._batches, self.bad, self.unnamed = batches, {}, []
@@ -207,4 +214,5 @@ class _Loader:
         return 20
 
     def batches(self, epoch, start):
-        return iter(self._batches)
+        for step, (pixels, targets) in enumerate(self._batches):
+            yield data.Batch(pixels, targets, 1.0, epoch + step / 20, 8 * (step + 1))

@@ -32,3 +32,11 @@ def test_what_can_break_is_bounded(kind):
             assert "==" in line
         elif name in ("numpy", "pillow", "simplejpeg", "safetensors", "protobuf"):
             assert "<" in line, line
+
+
+def test_the_checks_need_what_the_bundles_need_and_what_onnx_needs():
+    text = (ROOT / "tests" / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert {"-r ../{}/requirements.txt".format(bundle) for bundle in BUNDLES} < set(text)
+    named = [line[len("-r ") :] for line in text if line.startswith("-r ")]
+    assert all((ROOT / "tests" / name).is_file() for name in named)
+    assert {"onnx", "onnxruntime"} <= {re.split(r"[=<>]", line)[0] for line in text}

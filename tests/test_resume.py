@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from common import safe_load
+from common import arguments, checkpoint
 from tests import chaos
 from tests.bundles import imported
 
@@ -75,7 +75,7 @@ def test_sigkill_at_any_moment(mnasnet, data, whole, tmp_path):
                 assert tuple(map(int, resumed.groups())) == saved
             for name in files(out):
                 if ".tmp-" not in name:
-                    safe_load.read(str(out / name))
+                    checkpoint.read(str(out / name))
             if (out / "checkpoint.pth.tar").exists():
                 now = chaos.position(out)
                 assert now >= saved
@@ -107,13 +107,25 @@ def test_sigterm_in_the_middle_of_an_epoch(bundle, data, tmp_path):
     server.close()
     assert status == 0, text
     chaos.assert_equal(*(chaos.weights(out) for out in outs))
-    best = [safe_load.read(str(out / "checkpoint.pth.tar"))["log"]["best"] for out in outs]
+    best = [checkpoint.read(str(out / "checkpoint.pth.tar"))["log"]["best"] for out in outs]
     assert best[0] == best[1]
 
 
 def test_the_state_is_complete(whole):
-    content = safe_load.read(str(whole / "checkpoint.pth.tar"))
-    expected = {"arch", "args", "best_acc1", "classes", "epoch", "log", "optimizer", "precision", "run", "samples"}
+    content = checkpoint.read(str(whole / "checkpoint.pth.tar"))
+    expected = {
+        "arch",
+        "args",
+        "best_acc1",
+        "classes",
+        "epoch",
+        "log",
+        "optimizer",
+        "order",
+        "precision",
+        "run",
+        "samples",
+    }
     assert set(content) == expected | {"state_dict"}
     assert not [key for key, value in content["state_dict"].items() if value.device.type != "cpu"]
 
@@ -200,8 +212,10 @@ def test_sigkill_of_one_of_two_ranks(restarts, data, whole_of_two, tmp_path):
     out = tmp_path / "out"
     words = chaos.command("MnasNet", data, out, "--save-steps", "2", "--device-list", "0,1")
     job = chaos.Job([*words, "--max-restarts", restarts], tmp_path / "log")
+    job.wait_for(r"Epoch: \[0\]\[ +1/")
+    victim = job.ranks(2)[1]  # looked for early: the steps take milliseconds
     job.wait_for(r"Epoch: \[1\]\[ +3/")
-    os.kill(job.ranks(2)[1], signal.SIGKILL)
+    os.kill(victim, signal.SIGKILL)
     status = job.end(60 if restarts == 0 else 200)
     if restarts == 0:
         assert status == 137, job.text()
@@ -209,7 +223,7 @@ def test_sigkill_of_one_of_two_ranks(restarts, data, whole_of_two, tmp_path):
         job = chaos.Job([*words, "--resume", "auto"], tmp_path / "log")
         status = job.end(200)
     assert status == 0, job.text()
-    assert re.search(r"resumed .*: epoch 1, (8|16) samples done", job.text()), job.text()
+    assert re.search(r"resumed .*: epoch 1, (8|16|32) samples done", job.text()), job.text()
     chaos.assert_equal(chaos.weights(out), chaos.weights(whole_of_two))
 
 
@@ -223,3 +237,34 @@ def test_a_restart_does_not_take_another_runs_checkpoint(data, whole, tmp_path):
     os.kill(job.ranks(2)[1], signal.SIGKILL)
     assert job.end(200) == 0, job.text()
     assert "resumed" not in job.text() and "starting afresh" in job.text()
+
+
+@pytest.mark.parametrize(
+    "resume, own, expected",
+    [
+        ("auto", False, "checkpoint.pth.tar"),  # what the run had gone on from before it was killed
+        ("auto", True, "checkpoint.pth.tar"),
+        (None, False, None),
+        (None, True, "checkpoint.pth.tar"),
+        ("model_best.pth.tar", False, "model_best.pth.tar"),
+        ("model_best.pth.tar", True, "checkpoint.pth.tar"),
+    ],
+)
+def test_what_a_restarted_rank_resumes(resume, own, expected, data, whole, tmp_path, monkeypatch):
+    """By the elastic launcher: the newest file of its own run, else what the command line says."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    out = tmp_path / "out"
+    shutil.copytree(str(whole), str(out))
+    content = checkpoint.read(str(out / "checkpoint.pth.tar"))
+    content["run"] = ["another node's", checkpoint.RUN] if own else ["another run's"]
+    torch.save(content, str(out / "checkpoint.pth.tar"))
+    words = chaos.flags("MnasNet", data, out)
+    if resume is not None:
+        words += ["--resume", resume if resume == "auto" else str(out / resume)]
+    with imported("MnasNet", "main") as main:
+        parser = main.build_parser()
+        args = arguments.parse(parser, words)
+        args, content = checkpoint.load(parser, words, args, main.models.__all__, main.NETWORK_OPTIONS, "none")
+    assert args.resume == (expected and str(out / expected))
+    assert (content is None) == (expected is None)
+    assert any("starting afresh" in line for line in args.notices) == (expected is None)

@@ -6,10 +6,11 @@ import types
 import pytest
 import torch
 
-from common import input
-from common.decode import RandomResizedCrop
-from common.folder import ImageFolder
-from common.ranks import Ranks
+from common import checkpoint
+from common.data import ImageFolder, Loader
+from common.distributed import Ranks
+from common.errors import UserError
+from common.transforms import RandomResizedCrop
 from tests import chaos
 from tests.bundles import ROOT
 
@@ -25,14 +26,13 @@ def data(tmp_path_factory):
 def loader(data, rank, world):
     """Return the `Loader` of one rank of `world` that are not there."""
     ranks = Ranks()
-    ranks.agree = lambda number=0: number
     ranks.rank, ranks.world_size, ranks.local_world_size = rank, world, world
-    device = types.SimpleNamespace(
-        torch_device=torch.device("cpu"), ranks=ranks, likes_channels_last=True, upload=torch.Tensor.clone
+    card = types.SimpleNamespace(
+        type="cpu", torch_device=torch.device("cpu"), ranks=ranks, channels_last=True, upload=torch.Tensor.clone
     )
-    args = types.SimpleNamespace(batch_size=2, workers=0, seed=1, max_bad_images=0)
+    args = types.SimpleNamespace(batch_size=2, workers=0, seed=1, max_bad_images=0, notices=[])
     images = ImageFolder(data, "train")
-    return input.Loader(device, images, RandomResizedCrop(8), args, (0.5,) * 3, (0.5,) * 3, training=True)
+    return Loader(card, images, RandomResizedCrop(8), args, (0.5,) * 3, (0.5,) * 3, training=True)
 
 
 @pytest.mark.parametrize("worlds", [(4, 2, 8), (8, 1, 3), (1, 8, 4), (3, 5, 7)])
@@ -40,7 +40,7 @@ def test_each_image_once(worlds, data):
     start, seen = 0, []
     for world, steps in zip(worlds, (3, 5, None)):
         for rank in range(world):
-            batches = [targets for _, targets in loader(data, rank, world).batches(epoch=2, start=start)]
+            batches = [batch.targets for batch in loader(data, rank, world).batches(epoch=2, start=start)]
             seen += torch.cat(batches[:steps]).tolist()
         if steps:
             start += world * 2 * steps
@@ -63,3 +63,35 @@ def test_each_image_once_in_real_runs(data, tmp_path):
     assert batch * worlds[0] * ends[0] < COUNT
     seen = [int(line) for line in (tmp_path / "targets").read_text().split()]
     assert sorted(seen) == list(range(COUNT))
+
+
+class Nodes:
+    """This rank's view of two that share no folder: the other one has gathered what it found itself."""
+
+    is_rank0, rank = True, 0
+
+    def __init__(self, others):
+        self._others = iter(others)
+
+    def all_gather(self, value):
+        other = next(self._others)
+        return [value, value if other is None else other]
+
+
+@pytest.mark.parametrize(
+    "found, others",
+    [
+        (None, [True]),  # the other node has a checkpoint, this one has none
+        ((1, 8), [False]),
+        ((1, 8), [None, None, [1, 16]]),  # an older or newer one
+        ((1, 8), [None, None, [2, 0]]),
+    ],
+)
+def test_nodes_with_different_checkpoints_are_refused(found, others, tmp_path):
+    log = types.SimpleNamespace(when_stopped=lambda save: None)
+    args = types.SimpleNamespace(arch="x", resume="x" if found else None, save_steps=0, no_save=True)
+    card = types.SimpleNamespace(ranks=Nodes(others))
+    with pytest.raises(UserError, match="the ranks resume different files") as refused:
+        item = checkpoint.Checkpoints(card, args, log, str(tmp_path), {}, {"classes": [], "order": {}})
+        item.resume({"epoch": found[0], "samples": found[1], "classes": []}, "x")
+    assert str(tmp_path) in str(refused.value) and "\n" not in str(refused.value)

@@ -10,7 +10,7 @@ import tarfile
 import pytest
 import torch
 
-from common import safe_load
+from common import checkpoint
 from common.errors import UserError
 from tests import chaos
 from tests.bundles import BUNDLES, ROOT
@@ -83,7 +83,7 @@ def test_no_file_runs_its_code(way, tmp_path):
     paths, target = write_bombs(tmp_path)
     for path in paths:
         with pytest.raises(UserError) as caught:
-            safe_load.read(str(path))
+            checkpoint.read(str(path))
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
         assert not target.exists(), path
         if "plain-" in path.name or "nested-" in path.name:
@@ -118,7 +118,7 @@ def test_what_is_harmless_is_read(way, tmp_path):
     for zipped in (True, False):
         path = tmp_path / str(zipped)
         torch.save(content, str(path), _use_new_zipfile_serialization=zipped)
-        found = safe_load.read(str(path))
+        found = checkpoint.read(str(path))
         assert found["plain"] == content["plain"] and found["more"][:2] == content["more"][:2]
         for key, value in content["state_dict"].items():
             assert torch.equal(found["state_dict"][key], value)
@@ -134,20 +134,31 @@ def test_damage_is_damage(way, tmp_path):
     for position in range(0, len(data), 97):
         path.write_bytes(data[:position] + bytes([data[position] ^ 255]) + data[position + 1 :])
         try:
-            assert torch.equal(safe_load.read(str(path))["state_dict"]["w"], torch.arange(4000))
+            assert torch.equal(checkpoint.read(str(path))["state_dict"]["w"], torch.arange(4000))
         except UserError as error:
             assert "damaged" in str(error) or "more than tensors" in str(error)
     for length in range(0, len(data), 997):
         path.write_bytes(data[:length])
         with pytest.raises(UserError, match="damaged"):
-            safe_load.read(str(path))
+            checkpoint.read(str(path))
+
+
+@pytest.mark.skipif(not hasattr(torch.serialization, "set_crc32_options"), reason="this torch always writes checksums")
+def test_a_file_without_checksums_is_read(way, tmp_path):
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"state_dict": {"w": torch.arange(4000)}}, str(tmp_path / "x.pth"))
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert torch.equal(checkpoint.read(str(tmp_path / "x.pth"))["state_dict"]["w"], torch.arange(4000))
 
 
 @pytest.mark.parametrize("content", [[1], torch.zeros(3), 5, "text"])
 def test_what_holds_no_weights(content, tmp_path):
     torch.save(content, str(tmp_path / "x"))
     with pytest.raises(UserError, match="holds no state dict"):
-        safe_load.read(str(tmp_path / "x"))
+        checkpoint.read(str(tmp_path / "x"))
 
 
 def test_main_refuses_in_one_line(tmp_path):
@@ -163,7 +174,7 @@ def test_main_refuses_in_one_line(tmp_path):
 
 
 def test_nothing_else_unpickles():
-    """The one call that reads a file of torch.save is in safe_load.py, and nobody switches `weights_only` off."""
+    """The one call that reads a file of torch.save is in weights.py, and nobody switches `weights_only` off."""
     found = subprocess.run(
         ["grep", "-rnE", r"torch\.load\(|pickle\.load|weights_only *= *False|import pickle", "--include=*.py", "common"]
         + BUNDLES,
@@ -171,4 +182,4 @@ def test_nothing_else_unpickles():
         stdout=subprocess.PIPE,
         universal_newlines=True,
     ).stdout.splitlines()
-    assert found and {line.split(":")[0] for line in found} == {"common/safe_load.py"}, found
+    assert found and {line.split(":")[0] for line in found} == {"common/weights.py"}, found

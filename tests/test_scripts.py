@@ -1,43 +1,21 @@
 """The 40 scripts as a user types them: their form, what they refuse, and what a run leaves behind."""
 
+import json
 import stat
 import subprocess
 import sys
+import time
 
 import pytest
 
-from tests.bundles import BUNDLES, ROOT
-from tests.conftest import loss_file, result_file, run, run_script
+from tests.bundles import BUNDLES, ROOT, imported
+from tests.conftest import assert_refused, copy_bundle, loss_file, result_file, run, run_script, small
 
 MODES = ("eval", "finetune", "full", "performance")
-SMALL = {  # two images on a last map of 1x1 would leave BatchNorm two numbers, and gradients beyond all bounds
-    "MnasNet": ["--arch", "mnasnet0_5", "--image-size", "64"],
-    "SPNASNet_100": ["--image-size", "64"],
-    "SPACH-SMLP": ["--image-size", "32"],
-    "PnasNet5Large": ["--image-size", "64", "--aux-weight", "0"],
-    "ShuffleNetV2": ["--arch", "shufflenet_v2_x0_5", "--image-size", "32"],
-}
 PERF_KEYS = [
     *("Network", "RankSize", "BatchSize", "DeviceType", "Device", "Data", "CaseName"),
     *("ActualFPS", "TrainingTime", "ActualLoss", "E2ETrainingTime"),
 ]
-
-
-def small(bundle):
-    """Return flags that make a bundle's network and images small enough for a test; any new bundle needs some."""
-    return SMALL[bundle]
-
-
-def assert_refused(process, status, *words):
-    """Assert one clear line with `words`, the exit status, and nothing that looks like a result or a crash."""
-    assert process.returncode == status, process.stdout + process.stderr
-    errors = [line for line in process.stderr.splitlines() if line.startswith("[Error]")]
-    errors += [line for line in process.stdout.splitlines() if line.startswith("[Error]") and line not in errors]
-    assert len(errors) == 1, process.stdout + process.stderr
-    for word in words:
-        assert word in errors[0]
-    assert "Final" not in process.stdout
-    assert "Traceback" not in process.stdout + process.stderr
 
 
 @pytest.mark.parametrize("bundle", BUNDLES)
@@ -56,24 +34,22 @@ def test_each_bundle_has_eight_scripts_of_recipe_alone(bundle):
 
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_main_accepts_every_recipe(bundle, tmp_path):
-    (tmp_path / "weights").write_bytes(b"")
     (tmp_path / "python").write_text("#!/bin/sh\n")  # importing torch forty times would take minutes
     (tmp_path / "python").chmod(0o755)
     commands = []
     for mode in MODES:
         for n in (1, 8):
             options = ["--dry-run", "--data_path={}".format(tmp_path)]
-            options += ["--resume={}".format(tmp_path / "weights")] if mode in ("eval", "finetune") else []
             process = run_script(ROOT / bundle, "{}_{}p".format(mode, n), *options, PYTHON=tmp_path / "python")
             assert process.returncode == 0, process.stderr
             words = process.stdout.splitlines()[1].split()
             commands.append(words[words.index(str(ROOT / bundle / "main.py")) + 1 :])
-    check = "import main; print(*(main.parse_args(c.split()).arch for c in {!r}))".format(
-        [" ".join(command) for command in commands]
-    )
-    process = run([sys.executable, "-c", check], cwd=ROOT / bundle)
-    assert process.returncode == 0, process.stderr
-    assert len(process.stdout.split()) == 8
+    with imported(bundle, "main") as main:
+        parser = main.build_parser()
+    for command in commands:
+        args = parser.parse_args(command)
+        chosen = {"--arch", "--image-size", "--zero-pad", "--channel-shuffle", "--eval-ema"} & set(command)
+        assert chosen == (set() if args.evaluate or args.pretrained else {"--arch"})  # else the checkpoint says it
 
 
 @pytest.mark.parametrize("bundle", BUNDLES)
@@ -91,24 +67,51 @@ def test_performance_needs_nothing_and_leaves_every_key(bundle, bundle_copy):
     assert not list(folder.glob("*.pth.tar*"))
 
 
-def test_unknown_option_is_refused_before_anything_happens(bundle_copy):
-    folder = bundle_copy("MnasNet")
+WRONG = {  # what a user may type after a script, and what the line says
+    "--batchsize=3": (2, "--batchsize"),
+    "--batch_size=8.5": (2, "--batch-size", "8.5"),
+    "--device=tpu": (2, "--device", "tpu"),
+    "--device=npu": (1, "--device npu"),
+    "--epochs=": (2, "--epochs"),
+    "--max_steps=-1": (2, "--max-steps", "-1"),
+    "--output_dir=": (2, "--output-dir"),
+    "--resume=": (2, "--resume", "is a variable unset?"),
+    "--resume=nothing": (1, "--resume", "there is no file nothing"),
+    "--rank_size=0": (2, "--rank_size=0"),
+    "--device_id=x": (2, "--device_id=x"),
+    "--max_steps": (2, "--max_steps needs a value"),
+    "wrod": (2, "wrod is no option"),
+}
+
+
+@pytest.fixture(scope="module")
+def used(tmp_path_factory):
+    """A copy of MnasNet with the output of a run."""
+    folder = copy_bundle("MnasNet", tmp_path_factory.mktemp("used") / "a place")
     (folder / "test" / "output" / "0").mkdir(parents=True)
-    process = run_script(folder, "performance_1p", "--batchsize=3")
-    assert_refused(process, 2, "--batchsize", "--batch_size=", "--label-smoothing")
-    assert [path.name for path in (folder / "test" / "output").iterdir()] == ["0"]
+    (folder / "test" / "output" / "0" / "train_0.log").write_text("Epoch: [0][ 1/2]")
+    return folder
 
 
-def test_help_has_groups_defaults_the_recipe_and_an_example(bundle_copy):
-    process = run_script(bundle_copy("MnasNet"), "full_8p", "--help")
+@pytest.mark.parametrize("option", WRONG)
+def test_a_wrong_option_is_refused_once_and_before_anything_happens(option, used):
+    status, *words = WRONG[option]
+    before = sorted(used.rglob("*"))
+    assert_refused(run_script(used, "performance_1p", option, PYTHONDONTWRITEBYTECODE="1"), status, *words)
+    assert sorted(used.rglob("*")) == before
+
+
+def test_help_has_groups_defaults_and_the_recipe_and_takes_no_time(bundle_copy):
+    started = time.time()
+    process = run_script(bundle_copy("MnasNet"), "full_8p", "--help", PYTHON="no-python")
+    assert time.time() - started < 0.5
     assert process.returncode == 0
     for word in (
-        *("300 epochs", "14413.78", "\ndata and cards:\n", "\nrecipe:\n", "\ncheckpoints:\n", "\nexample:\n  bash "),
+        *("300 epochs", "14413.78", "\ndata and cards:\n", "\nrecipe:\n", "\ncheckpoints:\n", "main.py --help"),
         *("--data_path=DIR", "--rank_size=N         number of cards (default: 8)", "per card (default: 512)"),
-        *("--epochs=N            default: 300", "--learning_rate=X     default: 1.4", " --label-smoothing"),
+        *("--epochs=N            default: 300", "--learning_rate=X     default: 1.4", " --label-smoothing 0.1"),
     ):
         assert word in process.stdout
-    assert "--compare" not in process.stdout  # that of the results tool is no flag of main.py
 
 
 def test_dry_run_prints_command_environment_and_recipe_and_makes_nothing(bundle_copy, tmp_path):
@@ -126,11 +129,19 @@ def test_dry_run_prints_command_environment_and_recipe_and_makes_nothing(bundle_
     environment = lines[3 : lines.index("recipe on this machine:")]
     assert "  TASK_QUEUE_ENABLE=2" in environment
     assert not any("HCCL_CONNECT_TIMEOUT" in line for line in environment)  # the user's own stays
-    recipe = lines[lines.index("network and recipe:") :]
-    for line in ("  --arch mnasnet1_0", "  --batch-size 3  (default: 256)", "  --learning-rate 0.5  (default: 0.1)"):
+    recipe = lines[lines.index("recipe on this machine:") :]
+    for line in ("  --arch mnasnet1_0", "  --batch-size 3  (default: 256)", "  --lr 0.5  (default: 0.1)"):
         assert line in recipe
     assert "  --device-list 0,1,2,3,4,5,6,7" in recipe
     assert not (folder / "test" / "output").exists()
+
+
+@pytest.mark.parametrize("mode", ["eval", "full"])
+def test_dry_run_needs_neither_the_device_nor_a_checkpoint_nor_the_data(mode, bundle_copy):
+    options = ["--dry-run", "--device=npu", "--data_path=/not/here"]
+    process = run_script(bundle_copy("MnasNet"), mode + "_8p", *options)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "  --device npu  (default: auto)" in process.stdout.splitlines()
 
 
 def _break_data(kind, folder):
@@ -151,7 +162,7 @@ def _break_data(kind, folder):
 @pytest.mark.parametrize(
     "kind, words",
     [
-        ("missing", ["nothing is not a folder"]),
+        ("missing", ["there is no folder", "nothing"]),
         ("empty", ["has no images"]),
         ("without val", ["has no val/ folder"]),
         ("unknown class", ["train/ does not know", "dog?"]),
@@ -163,6 +174,8 @@ def test_a_broken_data_set_is_one_line(kind, words, script, bundle_copy, tmp_pat
     folder = bundle_copy("MnasNet")
     process = run_script(folder, script, "--data_path={}".format(data), "--rank_size=2", *small("MnasNet"))
     assert_refused(process, 1, *words)
+    if kind in ("missing", "without val"):  # to be seen without reading every folder
+        assert not (folder / "test" / "output").exists()
 
 
 def test_what_the_modes_need(bundle_copy, few_digits):
@@ -170,7 +183,6 @@ def test_what_the_modes_need(bundle_copy, few_digits):
     assert_refused(run_script(folder, "full_1p"), 1, 'para "data_path" must be config')
     assert_refused(run_script(folder, "eval_1p", "--data_path={}".format(few_digits)), 1, "no model_best.pth.tar")
     assert_refused(run_script(folder, "finetune_8p", "--data_path=x", "--resume=y"), 1, "there is no file y")
-    assert_refused(run_script(folder, "full_1p", "--data_path=x", "--rank_size=0"), 2, "--rank_size=0")
     assert not (folder / "test" / "output").exists()
 
 
@@ -190,16 +202,64 @@ def test_a_checkpoint_folder_that_cannot_be_written(bundle_copy, few_digits, tmp
 
 def test_the_exit_status_is_the_trainings(bundle_copy):
     folder = bundle_copy("MnasNet")
-    (folder / "main.py").write_text((folder / "main.py").read_text().replace("args = parse_args(argv)", "sys.exit(37)"))
+    (folder / "main.py").write_text(
+        (folder / "main.py").read_text().replace("card = device.Device(args)", "sys.exit(37)")
+    )
     process = run_script(folder, "performance_1p")
     assert process.returncode == 37
     assert "ended with status 37" in process.stderr
     assert "Final" not in process.stdout
 
 
-def test_a_device_that_is_not_there(bundle_copy):
-    process = run_script(bundle_copy("MnasNet"), "performance_1p", "--device=npu")
-    assert_refused(process, 1, "--device npu")
+def test_the_last_lines_of_a_failed_run_are_on_the_screen_and_in_its_log_once(bundle_copy):
+    folder = bundle_copy("MnasNet")
+    text = (folder / "main.py").read_text().replace("card = device.Device(args)", "raise errors.UserError('no luck')")
+    (folder / "main.py").write_text(text)
+    process = run_script(folder, "performance_1p", "--rank_size=2", *small("MnasNet"))
+    assert_refused(process, 1, "no luck")
+    log = (folder / "test" / "output" / "0" / "nohup.out").read_text()
+    assert log.count("no luck") == 1 and "ended with status 1" in log
+
+
+def test_an_evaluation_leaves_the_output_of_a_training_where_it_is(bundle_copy, few_digits):
+    """And measures what the training measured last, since all that the network needs comes from the checkpoint."""
+    folder = bundle_copy("MnasNet")
+    options = ["--data_path={}".format(few_digits), "--batch_size=8", "--device=cpu"]
+    assert run_script(folder, "full_1p", *options, "--max_steps=6", *small("MnasNet")).returncode == 0
+    trained = result_file(folder, "acc")["TrainAccuracy"]
+    before = {path: path.stat().st_mtime_ns for path in (folder / "test" / "output" / "0").rglob("*")}
+    for number in (1, 2):  # the second one moves the first one's output aside
+        process = run_script(folder, "eval_1p", *options)
+        assert process.returncode == 0, process.stdout + process.stderr
+        assert result_file(folder, "acc", "0_eval")["TrainAccuracy"] == trained
+        names = sorted(path.name.split("-")[0] for path in (folder / "test" / "output").iterdir())
+        assert names == ["0", "0_eval", "0_eval.prev"][: 1 + number]
+    assert {path: path.stat().st_mtime_ns for path in (folder / "test" / "output" / "0").rglob("*")} == before
+
+
+def test_resume_from_the_output_folder_that_is_moved_aside(bundle_copy, few_digits):
+    folder = bundle_copy("PnasNet5Large")  # it keeps its checkpoints there
+    output = folder / "test" / "output" / "0"
+    options = ["--data_path={}".format(few_digits), "--batch_size=2", "--device=cpu", *small("PnasNet5Large")]
+    assert run_script(folder, "full_1p", *options, "--max_steps=1").returncode == 0
+    resume = "--resume={}/../0/checkpoint.pth.tar".format(output)
+    process = run_script(folder, "full_1p", *options, "--max_steps=2", resume)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert len(loss_file(folder)) == 2
+    process = run_script(folder, "full_1p", *options, "--max_steps=3", "--resume=auto")
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert len(loss_file(folder)) == 3
+
+
+def test_seconds_count_from_the_first_line_of_the_script(bundle_copy, tmp_path):
+    folder = bundle_copy("MnasNet")
+    (tmp_path / "python").write_text('#!/bin/sh\nsleep 1.5\nexec {} "$@"\n'.format(sys.executable))
+    (tmp_path / "python").chmod(0o755)
+    options = ["--max_steps=2", "--batch_size=2", *small("MnasNet")]
+    assert run_script(folder, "performance_1p", *options, PYTHON=tmp_path / "python").returncode == 0
+    with open(str(folder / "test" / "output" / "0" / "metrics.jsonl")) as file:
+        assert json.loads(file.readline())["time"] > 3  # the log began after two starts of Python: check and training
+    assert float(result_file(folder, "perf")["E2ETrainingTime"]) >= 3
 
 
 def test_two_runs_give_the_same_losses_and_the_first_is_kept(bundle_copy, few_digits):
@@ -253,8 +313,6 @@ def test_the_newest_best_checkpoint_is_the_default(bundle_copy, few_digits):
 @pytest.mark.parametrize("package", ["torch", "numpy", "timm"])
 def test_a_package_that_is_not_installed_is_one_line(package, tmp_path):
     """Of the program itself, which may be started without a script."""
-    (tmp_path / package).mkdir()
-    (tmp_path / package / "__init__.py").write_text("raise ModuleNotFoundError(name={!r})".format(package + ".part"))
-    (tmp_path / package / "version.py").write_text("")
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules[{!r}] = None".format(package))
     process = run([sys.executable, ROOT / "SPACH-SMLP" / "main.py", "--help"], PYTHONPATH=str(tmp_path))
-    assert_refused(process, 1, package + " is missing for " + sys.executable, "SPACH-SMLP/requirements.txt")
+    assert_refused(process, 1, package + " is missing for " + sys.executable, "requirements.txt")

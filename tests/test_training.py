@@ -10,10 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from common.decode import CenterCrop, EncodedImage
+from common.transforms import CenterCrop, EncodedImage
 from tests.bundles import BUNDLES, ROOT, imported
-from tests.conftest import LONG, loss_file, result_file, run, run_script
-from tests.test_scripts import assert_refused, small
+from tests.conftest import LONG, assert_refused, loss_file, result_file, run, run_script, small
 
 DIGITS = ["--batch_size=32", "--image-size=48", "--learning_rate=0.02", "--warmup-epochs=1", "--flip=0", "--dropout=0"]
 
@@ -87,7 +86,7 @@ def test_fine_tuning_on_fewer_classes(trained, digits, tmp_path, bundle_copy):
     content = torch.load(str(folder / "model_best.pth.tar"), weights_only=True)
     assert content["classes"] == ["3", "4", "8"]
     refused = run_script(folder, "eval_1p", "--arch=mnasnet0_5", options[0], "--resume={}".format(weights))
-    assert_refused(refused, 1, "has 10 classes, the data set has 3")
+    assert_refused(refused, 1, "the checkpoint has 10 classes, the data set has 3")
 
 
 def test_another_networks_file_is_refused(trained, few_digits):
@@ -151,7 +150,7 @@ def test_two_nodes_end_with_equal_weights(way, few_digits, tmp_path):
 def test_a_checkpoint_loads_without_this_project(trained):
     code = (
         "import sys, torch; from tests.deterministic import images; c = torch.load(sys.argv[1], weights_only=True); "
-        "from common.input import import_torchvision; m = import_torchvision().models.mnasnet0_5(num_classes=10); "
+        "from common.transforms import import_torchvision; m = import_torchvision().models.mnasnet0_5(num_classes=10); "
         "c['state_dict']._metadata = {'': {'version': 2}}; m.load_state_dict(c['state_dict']); "
         "print(m.eval()(images(1, 64).float()).argmax().item())"
     )

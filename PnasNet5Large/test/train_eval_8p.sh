@@ -2,4 +2,4 @@
 # PNASNet-5-Large on eight cards: accuracy of a checkpoint (--resume=FILE, by default the newest model_best.pth.tar).
 # Published: Acc@1 79.625 for eight NPUs (ModelZoo); 82.736 for Cadene's weights, with --zero-pad.
 exec bash "$(dirname "$0")/../../common/launch.sh" "$0" "$@" -- \
-    --arch pnasnet5large --batch-size 32 --cpu-batch-size 4
+    --batch-size 32 --cpu-batch-size 4

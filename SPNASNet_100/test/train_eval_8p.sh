@@ -2,4 +2,4 @@
 # SPNASNet-100 on eight cards: accuracy of a checkpoint (--resume=FILE, by default the bundle's model_best.pth.tar).
 # Best published: Acc@1 74.086 (timm).
 exec bash "$(dirname "$0")/../../common/launch.sh" "$0" "$@" -- \
-    --arch spnasnet_100 --batch-size 256 --cpu-batch-size 32
+    --batch-size 256 --cpu-batch-size 32

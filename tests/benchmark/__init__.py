@@ -1,5 +1,5 @@
 """Speed, against the peers: python -m tests.benchmark. See README.md here."""
 
-from common import input
+from common.transforms import import_torchvision
 
-input.import_torchvision()  # before timm, which imports it without our help
+import_torchvision()  # before timm, which imports it without our help

@@ -10,7 +10,6 @@ from tests.benchmark import measure
 COMPARISONS = {
     "loader": "images/s of the loaders",
     "step": "images/s of a training step, five networks",
-    "layers": "our BatchNorm with ReLU, our depthwise convolution",
     "script": "FPS of train_performance_1p.sh against a bare loop",
     "start": "seconds to the first step with 100,000 files",
     "evaluate": "images/s of an evaluation",

@@ -8,23 +8,23 @@ import timm
 import timm.data
 import torch
 
-from common import device, safe_load
+from common import arguments, device, weights
 from tests.benchmark import data, measure
 from tests.bundles import imported
 
 CLASSES, IMAGES, BATCH, WORKERS = 8, 128, 64, 2
 
 
-def ours(folder, weights):
+def ours(folder, path):
     """Return a function that measures Acc@1 as main.py does."""
     with imported("SPNASNet_100", "main") as main:
         options = ["--data", folder, "--evaluate", "--device", "cpu", "--workers", str(WORKERS)]
-        args = main.parse_args(options + ["--batch-size", str(BATCH), "--pretrained", weights])
+        options += ["--batch-size", str(BATCH), "--resume", path]
+        args = arguments.parse(main.build_parser(), options)
         card = device.Device(args)
         _, loader = main.build_loaders(args, card, None)
-        model = main.build_model(
-            args, CLASSES, safe_load.read(weights), card, types.SimpleNamespace(line=lambda text: None)
-        )
+        log = types.SimpleNamespace(line=lambda text: None)
+        model = main.build_model(args, CLASSES, weights.read(path), card, log)
         log = types.SimpleNamespace(
             batches=lambda loader: loader.batches(),
             evaluation=lambda epoch, loader, counts: (100 * counts[0].item() / len(loader),),
@@ -32,10 +32,10 @@ def ours(folder, weights):
         return lambda: main.evaluate(loader, model, card, log, 0)
 
 
-def timms(folder, weights):
+def timms(folder, path):
     """Return the loop of timm's validate.py, which its package lacks; it returns Acc@1."""
     model = timm.create_model("spnasnet_100", num_classes=CLASSES).eval()
-    model.load_state_dict(torch.load(weights))
+    model.load_state_dict(torch.load(path))
     loader = timm.data.create_loader(
         timm.data.create_dataset("", folder + "/val"),
         input_size=(3, 224, 224),
@@ -65,10 +65,10 @@ def run(rounds=3):
     with tempfile.TemporaryDirectory() as folder:
         data.write(folder, "train", CLASSES, CLASSES, files=CLASSES)
         data.write(folder, "val", CLASSES, IMAGES)
-        weights = os.path.join(folder, "weights.pth")
+        path = os.path.join(folder, "weights.pth")
         torch.manual_seed(0)
-        torch.save(timm.create_model("spnasnet_100", num_classes=CLASSES).state_dict(), weights)
-        forms = {"ours": (ours, folder, weights), "timm's validate": (timms, folder, weights)}
+        torch.save(timm.create_model("spnasnet_100", num_classes=CLASSES).state_dict(), path)
+        forms = {"ours": (ours, folder, path), "timm's validate": (timms, folder, path)}
         turns = measure.in_turns(forms, rounds)
     rows = measure.rates(turns, IMAGES, "ours")
     print(measure.table(["SPNASNet_100, evaluation", "images/s", "ours is faster by"], rows))

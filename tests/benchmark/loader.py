@@ -12,9 +12,10 @@ import torchvision
 from PIL import Image
 from torchvision import transforms
 
-from common import device, input, pack
-from common.decode import EncodedImage, RandomResizedCrop
-from common.ranks import Ranks
+from common import data as images_of
+from common import device, pack
+from common.distributed import Ranks
+from common.transforms import EncodedImage, RandomResizedCrop
 from tests.benchmark import data, measure
 
 IMAGES, BATCH, WORKERS, SIZE = 1024, 64, 2, 224
@@ -25,13 +26,12 @@ def ours(folder):
     """Return a function that takes an epoch from the bundles' loader."""
     torch.set_num_threads(1)
     device.keep_freed_memory()
-    card = types.SimpleNamespace(
-        torch_device=torch.device("cpu"), ranks=Ranks(), likes_channels_last=True, upload=torch.Tensor.clone
-    )
-    args = types.SimpleNamespace(batch_size=BATCH, workers=WORKERS, seed=0, max_bad_images=0.0)
-    images = input.ImageFolder(folder, "train")
-    loader = input.Loader(card, images, RandomResizedCrop(SIZE), args, MEAN, STD, training=True)
-    return lambda: sum(len(targets) for _, targets in loader.batches())
+    card = types.SimpleNamespace(type="cpu", torch_device=torch.device("cpu"), ranks=Ranks(), channels_last=True)
+    card.upload = torch.Tensor.clone
+    args = types.SimpleNamespace(batch_size=BATCH, workers=WORKERS, seed=0, max_bad_images=0.0, notices=[])
+    images = images_of.ImageFolder(folder, "train")
+    loader = images_of.Loader(card, images, RandomResizedCrop(SIZE), args, MEAN, STD, training=True)
+    return lambda: sum(len(batch.targets) for batch in loader.batches())
 
 
 def torchvisions(folder):

@@ -7,7 +7,7 @@ import torch
 import torchvision
 from torch.nn.functional import cross_entropy
 
-from common import device, precision
+from common import arguments, device, precision
 from tests.benchmark import measure
 from tests.bundles import imported
 
@@ -30,7 +30,8 @@ def sample(bundle):
 def ours(bundle):
     """Return a function that does one step as main.py does."""
     with imported(bundle, "main") as main:
-        args = main.parse_args(["--device", "cpu", "--synthetic", "--amp", *NETWORKS[bundle][4]])
+        options = ["--device", "cpu", "--synthetic", "--amp", *NETWORKS[bundle][4]]
+        args = arguments.parse(main.build_parser(), options)
         card = device.Device(args)
         model = main.build_model(args, 1000, None, card, None)
         optimizer, _ = main.build_optimizer(args, card, model)
@@ -87,7 +88,7 @@ def run(bundle=None, compiled=False):
         forms[owner + ", channels_last"] = theirs, name, True
         if compiled:
             forms[owner + ", channels_last, compiled"] = theirs, name, True, False, True
-        if precision.has_fast_bfloat16():  # elsewhere it takes ten times as long
+        if device.has_fast_bfloat16():  # elsewhere it takes ten times as long
             forms[owner + ", channels_last, bfloat16"] = theirs, name, True, True
             if compiled:
                 forms[owner + ", channels_last, bfloat16, compiled"] = theirs, name, True, True, True

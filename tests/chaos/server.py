@@ -21,7 +21,7 @@ for line in sys.stdin:
         if request["file_size"]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"], request["file_size"]))
         flags = request["flags"]
-        sys.exit(main.errors.run(lambda flags=flags: main.main(flags)))
+        main.errors.run_and_exit(lambda flags=flags: main.main(flags))
     print(pid, flush=True)
     status = os.waitpid(pid, 0)[1]
     print(-os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status), flush=True)

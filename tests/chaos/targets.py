@@ -8,17 +8,18 @@ sys.path[:1] = [BUNDLE, os.path.dirname(BUNDLE)]
 
 import main  # noqa: E402
 
-from common import launcher, logger  # noqa: E402
+from common import distributed, logger  # noqa: E402
 
-step, launch = logger.Epoch.step, launcher.launch
+step, spawn = logger.Log.step, distributed.spawn
 
 
-def step_and_write(self, loss, logits, targets, learning_rate):
-    step(self, loss, logits, targets, learning_rate)
+def step_and_write(self, loss, logits, batch, learning_rate):
+    stop_signal = step(self, loss, logits, batch, learning_rate)
     with open(os.path.join(OUT, "targets"), "a") as file:
-        file.write("".join("{}\n".format(target) for target in targets.tolist()))
+        file.write("".join("{}\n".format(target) for target in batch.targets.tolist()))
+    return stop_signal
 
 
-logger.Epoch.step = step_and_write
-launcher.launch = lambda args, argv: launch(args, [OUT, BUNDLE, *argv])  # the ranks come through here too
+logger.Log.step = step_and_write
+distributed.spawn = lambda args, argv: spawn(args, [OUT, BUNDLE, *argv])  # the ranks come through here too
 main.errors.run_and_exit(lambda: main.main(sys.argv[3:]))

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from tests.bundles import BUNDLES, ROOT
-from tests.conftest import LONG, copy_bundle, loss_file, result_file, run, run_script
-from tests.test_scripts import PERF_KEYS, assert_refused, small
+from tests.conftest import LONG, assert_refused, copy_bundle, loss_file, result_file, run, run_script, small
 
 OLD = dict(pair.split("=") for pair in os.environ.get("LEGACY", "").split())
 PYTHONS = dict(OLD, newest=sys.executable)
@@ -64,7 +63,8 @@ def test_performance(bundle, version, bundle_copy):
     folder = bundle_copy(bundle)
     run_legacy(version, folder, "performance_1p", "--max_steps=2", "--batch_size=2", "--lr=1e-3", *small(bundle))
     perf = result_file(folder, "perf")
-    assert list(perf) == PERF_KEYS and float(perf["ActualFPS"]) > 0
+    assert {"Network", "Device", "TrainingTime", "ActualLoss", "E2ETrainingTime"} < set(perf)
+    assert float(perf["ActualFPS"]) > 0
     assert len(loss_file(folder)) == 2
 
 
@@ -115,10 +115,12 @@ def on_emulated_npu(bundle, name, calls, *options, version="1.5", **environment)
 
 
 @pytest.mark.skipif("1.5" not in OLD, reason="needs torch 1.5")
-@pytest.mark.parametrize("bundle, level, ceiling", [
-    ("MnasNet", "O1", 2.0**24), ("ShuffleNetV2", "O2", 64.0), ("SPACH-SMLP", "O1", 2.0**24),
+@pytest.mark.parametrize("bundle, level, bounds, scale", [
+    ("MnasNet", "O1", (None, 2.0**24), 2.0**15),
+    ("ShuffleNetV2", "O2", (64.0, 64.0), 64.0),  # fixed: it stays
+    ("SPACH-SMLP", "O1", (None, 2.0**24), 2.0**15),
 ])  # fmt: skip
-def test_mixed_precision_by_apex(bundle, level, ceiling, bundle_copy, few_digits, tmp_path):
+def test_mixed_precision_by_apex(bundle, level, bounds, scale, bundle_copy, few_digits, tmp_path):
     folder = bundle_copy(bundle)
     data = "--data_path={}".format(few_digits)
     flags = ["--epochs=1", *small(bundle)]
@@ -126,13 +128,15 @@ def test_mixed_precision_by_apex(bundle, level, ceiling, bundle_copy, few_digits
         folder, "full_8p", tmp_path / "1", data, "--rank_size=2", *flags, APEX_OVERFLOW_STEP="3"
     )
     assert process.returncode == 0, process.stdout + process.stderr
-    expected = {"opt_level": level, "loss_scale": "dynamic", "max_loss_scale": ceiling, "combine_grad": True}
+    expected = {"opt_level": level, "loss_scale": "dynamic", "combine_grad": True, "ranks": 2}
+    expected.update(min_loss_scale=bounds[0], max_loss_scale=bounds[1])
+    calls = [call for call in calls if "loaded" not in call]
     assert len(calls) == 2
     for call in calls:
-        assert {key: call[key] for key in expected} == expected and call["ranks"] == 2
+        assert {key: call[key] for key in expected} == expected
     assert "float16 by apex" in process.stdout and '"device": "npu"' in process.stdout
     content = torch.load(str(folder / "checkpoint.pth.tar"), weights_only=True)
-    assert content["precision"]["scale"] == min(ceiling, 2.0**16) / 2 and content["precision"]["skipped"] == 1
+    assert content["precision"]["scale"] == scale and content["precision"]["skipped"] == 1
     if bundle == "SPACH-SMLP":
         assert {int(state["step"]) for state in content["optimizer"]["state"].values()} == {3}
     process, calls = on_emulated_npu(
@@ -141,7 +145,7 @@ def test_mixed_precision_by_apex(bundle, level, ceiling, bundle_copy, few_digits
     )  # fmt: skip
     assert process.returncode == 0, process.stdout + process.stderr
     assert calls[0]["optimizer"] == ("NpuFusedAdamW" if bundle == "SPACH-SMLP" else "NpuFusedSGD")
-    assert calls[1] == {"loaded": min(ceiling, 2.0**16) / 2}
+    assert calls[1:] == [{"loaded": scale}]
 
 
 @pytest.mark.skipif("1.5" not in OLD, reason="needs torch 1.5")

@@ -47,11 +47,12 @@ def initialize(
         raise RuntimeError("Incoming model is an instance of DistributedDataParallel")
     _state.dynamic = loss_scale == "dynamic"
     _state.scale = min(max_loss_scale, dynamic_init_scale) if _state.dynamic else float(loss_scale)
-    _state.max_scale, _state.window, _state.unskipped, _state.steps = max_loss_scale, scale_window, 0, 0
+    _state.min_scale, _state.max_scale, _state.window = min_loss_scale or 0.0, max_loss_scale, scale_window
+    _state.unskipped = _state.steps = 0
     optimizers._amp_stash = True
     ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    _record(opt_level=opt_level, loss_scale=loss_scale, max_loss_scale=max_loss_scale, combine_grad=combine_grad,
-            optimizer=type(optimizers).__name__, ranks=ranks)  # fmt: skip
+    _record(opt_level=opt_level, loss_scale=loss_scale, min_loss_scale=min_loss_scale, max_loss_scale=max_loss_scale,
+            combine_grad=combine_grad, optimizer=type(optimizers).__name__, ranks=ranks)  # fmt: skip
     return models, optimizers
 
 
@@ -65,7 +66,7 @@ def scale_loss(loss, optimizers, loss_id=0, model=None, delay_unscale=False, del
     overflow = os.environ.get("APEX_OVERFLOW_STEP") == str(_state.steps)
     overflow = overflow or not all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
     if overflow and _state.dynamic:
-        _state.scale, _state.unskipped = _state.scale / 2, 0
+        _state.scale, _state.unskipped = max(_state.min_scale, _state.scale / 2), 0
         step = optimizers.step
 
         def skip(closure=None):
