@@ -54,6 +54,7 @@ def build_parser():
     add("--lr-decay", type=positive_float, default=0.97, help="factor of --lr after each epoch")
     add("--momentum", type=share, default=0.9, help="of the gradients' average")
     add("--wd", "--weight-decay", dest="weight_decay", type=nonnegative_float, default=4e-5, help="of all parameters")
+    add("--class-weights", choices=["balanced"], help="in the loss; balanced: every class counts as much as any other")
     add("--eval-freq", type=whole_number, default=1, metavar="EPOCHS", help="0: never measure val/")
     add("--max-steps", type=whole_number, default=0, metavar="N", help="end the training after N steps; 0: do not")
     arguments.add_shared(parser, opt_level="O2")
@@ -80,13 +81,13 @@ def _has_aux(args):
     return args.aux_weight > 0 and not (args.evaluate or args.export or args.predict)
 
 
-# Copied from MnasNet/main.py:val_crop
+# Differs from MnasNet: one size of images
 def val_crop(args):
     """Return the transform with which the network is measured."""
     return CenterCrop(args.image_size, resize=args.image_size * 8 // 7)
 
 
-# Copied from MnasNet/main.py:build_loaders
+# Differs from MnasNet: crops and mirror images alone
 def build_loaders(args, card, content):
     """Return the loaders of train/ and val/; `None` for the one that the run does not need."""
     if args.synthetic:
@@ -115,16 +116,15 @@ def build_model(args, num_classes, content, card, log):
 class AuxiliaryLoss(nn.Module):
     """Cross entropy of the logits, plus `weight` times that of the auxiliary head's, where the model gives them."""
 
-    def __init__(self, weight):
+    def __init__(self, weight, class_weights):
         super().__init__()
-        self.weight = weight
+        self.weight, self.class_weights = weight, class_weights
 
     def forward(self, outputs, targets):
         if not isinstance(outputs, tuple):
-            return nn.functional.cross_entropy(outputs, targets)
+            return nn.functional.nll_loss(weights.log_probabilities(outputs, targets, self.class_weights), targets)
         logits, aux_logits = outputs
-        aux_loss = nn.functional.cross_entropy(aux_logits, targets)
-        return nn.functional.cross_entropy(logits, targets) + self.weight * aux_loss
+        return self.forward(logits, targets) + self.weight * self.forward(aux_logits, targets)
 
 
 # Differs from MnasNet: exponential decay without warm-up
@@ -142,15 +142,15 @@ def build_optimizer(args, card, model):
 # Differs from MnasNet: the pair (logits, auxiliary logits)
 def train_one_epoch(loader, number, model, criterion, optimizer, schedule, precision, log, checkpoints):
     """Train on what is left of epoch `number`: from the sample on where `checkpoints` stands."""
-    model.train()
+    weights.set_training(model)
     for batch in log.steps(loader, number, checkpoints.samples):
         learning_rate = schedule(batch.progress)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        with precision.autocast():
+        with precision.autocast(model, batch):
             outputs = model(batch.images)
             loss = criterion(outputs, batch.targets)
-        precision.step(loss, optimizer, batch.weight)
+        precision.step(loss, optimizer, batch)
         logits = outputs[0] if isinstance(outputs, tuple) else outputs
         stop_signal = log.step(loss, logits, batch, learning_rate)
         checkpoints.after_step(batch, stop_signal)
@@ -159,12 +159,10 @@ def train_one_epoch(loader, number, model, criterion, optimizer, schedule, preci
 # Copied from MnasNet/main.py:evaluate
 def evaluate(loader, model, card, log, epoch):
     """Return Acc@1 in percent over every image of `loader`, in float32, the same on all ranks."""
-    card.ranks.broadcast_buffers(model)
+    card.ranks.average_buffers(model)
     model.eval()
-    counts = torch.zeros(3, dtype=torch.int64, device=card.torch_device)
     with torch.no_grad():
-        for batch in log.batches(loader):
-            counts += logger.count_correct(model(batch.images), batch.targets)
+        counts = sum(logger.count_classes(model(batch.images), batch.targets) for batch in log.batches(loader))
     return log.evaluation(epoch, loader, card.ranks.sum(counts))[0]
 
 
@@ -186,6 +184,7 @@ def main(argv=None):
     train_loader, val_loader = build_loaders(args, card, content)
     classes = weights.class_names(args, content, train_loader or val_loader)
     model = build_model(args, len(classes), content, card, log)
+    weights.train_only(args, model, log)
     optimizer, schedule = build_optimizer(args, card, model)
     precision = Precision(card, args, model, optimizer)
     log.start(args, precision)
@@ -196,10 +195,9 @@ def main(argv=None):
     parts = {"state_dict": model, "optimizer": optimizer, "precision": precision, "log": log}
     metadata = {"classes": classes, "order": train_loader.order_facts}
     checkpoints = checkpoint.Checkpoints(card, args, log, args.output_dir or args.log_dir or BUNDLE, parts, metadata)
-    if args.resume:
-        checkpoints.resume(content, args.resume)
+    checkpoints.resume(content)
     del content  # it is as large as model and optimizer
-    criterion = AuxiliaryLoss(args.aux_weight)
+    criterion = AuxiliaryLoss(args.aux_weight, weights.class_weights(args, train_loader, len(classes), card))
     replica = card.parallel(model)
     for number in range(checkpoints.epoch, args.epochs):
         train_one_epoch(train_loader, number, replica, criterion, optimizer, schedule, precision, log, checkpoints)

@@ -95,10 +95,15 @@ def build_augment(args):
     grey = tuple(round(255 * mean) for mean in MEAN)
     options = {"translate_const": int(args.image_size * 0.45), "img_mean": grey, "interpolation": 3}
     try:
-        return rand_augment_transform(args.aa, options)
+        augment = rand_augment_transform(args.aa, options)
     except (AssertionError, ValueError, KeyError):
         text = "--aa {!r} is no policy of timm's RandAugment, such as rand-m9-mstd0.5-inc1; none: without"
         raise errors.UserError(text.format(args.aa)) from None
+    for operation in augment.ops:
+        if operation.name == "PosterizeIncreasing":  # at its strongest it keeps 0 bits, which newer Pillow refuses
+            strength = operation.level_fn
+            operation.level_fn = lambda level, options, strength=strength: (max(1, *strength(level, options)),)
+    return augment
 
 
 # Copied from SPNASNet_100/main.py:val_crop
@@ -160,6 +165,7 @@ class RandomErasing:
         return images
 
 
+# Differs from MnasNet: timm's mixup, which smooths the targets itself
 class Augment:
     """Random erasing, then mixup or CutMix of a batch (timm's, so the same distributions)."""
 
@@ -220,7 +226,7 @@ def build_optimizer(args, card, model):
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]  # biases and norms
     groups = [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": args.weight_decay}]
-    peak = args.lr * args.batch_size * card.ranks.world_size / 512
+    peak = args.lr * args.batch_size * args.accumulate * card.ranks.world_size / 512
     optimizer = card.optimizer("AdamW", groups, lr=peak, betas=(0.9, 0.999))
     start, floor, cosine_epochs = 1e-6, 1e-5, args.epochs - args.cooldown_epochs
 
@@ -240,17 +246,18 @@ def train_one_epoch(
     loader, number, model, augment, criterion, optimizer, schedule, precision, average, log, checkpoints
 ):
     """Train on what is left of epoch `number`: from the sample on where `checkpoints` stands."""
-    model.train()
+    weights.set_training(model)
     for batch in log.steps(loader, number, checkpoints.samples):
         learning_rate = schedule(batch.progress)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         images, soft_targets = augment(batch.images, batch.targets)
-        with precision.autocast():
+        with precision.autocast(model, batch):
             logits = model(images)
             loss = criterion(logits, soft_targets)
-        precision.step(loss, optimizer, batch.weight)
-        average.update()
+        precision.step(loss, optimizer, batch)
+        if batch.ends_step:
+            average.update()
         stop_signal = log.step(loss, logits, batch, learning_rate)
         checkpoints.after_step(batch, stop_signal)
 
@@ -258,12 +265,10 @@ def train_one_epoch(
 # Copied from MnasNet/main.py:evaluate
 def evaluate(loader, model, card, log, epoch):
     """Return Acc@1 in percent over every image of `loader`, in float32, the same on all ranks."""
-    card.ranks.broadcast_buffers(model)
+    card.ranks.average_buffers(model)
     model.eval()
-    counts = torch.zeros(3, dtype=torch.int64, device=card.torch_device)
     with torch.no_grad():
-        for batch in log.batches(loader):
-            counts += logger.count_correct(model(batch.images), batch.targets)
+        counts = sum(logger.count_classes(model(batch.images), batch.targets) for batch in log.batches(loader))
     return log.evaluation(epoch, loader, card.ranks.sum(counts))[0]
 
 
@@ -285,6 +290,7 @@ def main(argv=None):
     train_loader, val_loader = build_loaders(args, card, content)
     classes = weights.class_names(args, content, train_loader or val_loader)
     model = build_model(args, len(classes), content, card, log)
+    weights.train_only(args, model, log)
     optimizer, schedule = build_optimizer(args, card, model)
     average = AveragedWeights(model, args.ema_decay)
     precision = Precision(card, args, model, optimizer)
@@ -296,8 +302,7 @@ def main(argv=None):
     parts = {"state_dict": model, "optimizer": optimizer, "precision": precision, "log": log, "state_dict_ema": average}
     metadata = {"classes": classes, "order": train_loader.order_facts}
     checkpoints = checkpoint.Checkpoints(card, args, log, args.output_dir or BUNDLE, parts, metadata)
-    if args.resume:
-        checkpoints.resume(content, args.resume)
+    checkpoints.resume(content)
     del content  # it is as large as model and optimizer
     criterion, augment = SoftCrossEntropy(), Augment(args, len(classes))
     replica = card.parallel(model)

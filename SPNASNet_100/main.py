@@ -11,6 +11,7 @@ be the validation accuracy: the best published one is timm's, 74.086.
     python main.py --predict photos --resume model_best.pth.tar
 """
 
+import copy
 import math
 import os
 import sys
@@ -34,12 +35,12 @@ transforms = import_torchvision().transforms
 
 NETWORK = "SPNASNet_100"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-NETWORK_OPTIONS = ("image_size",)  # where the command line is silent, a checkpoint says what they are
+NETWORK_OPTIONS = ("image_size", "eval_ema")  # where the command line is silent, a checkpoint says what they are
 
 
 def build_parser():
     """Return the parser of all options: the recipe's, then those that the bundles share."""
-    parser = arguments.build_parser(__doc__)
+    parser = arguments.build_parser(__doc__, check_options)
     group = parser.add_argument_group("network and recipe")
     add = group.add_argument
     add(
@@ -59,14 +60,37 @@ def build_parser():
     add("--epochs", "--epoch", type=positive_int, default=150, metavar="N", help="passes over train/")
     add("-b", "--batch-size", type=positive_int, default=256, metavar="N", help="per card")
     add("--lr", "--learning-rate", type=positive_float, default=0.01, help="for the batch of all cards")
-    add("--warmup-epochs", type=whole_number, default=5, metavar="N", help="from a tenth of --lr")
+    add("--schedule", default="cosine", choices=["cosine", "linear"], help="how --lr falls to 0 after the warm-up")
+    add("--warmup-epochs", type=nonnegative_float, default=5, metavar="N", help="before --lr is reached")
+    add(
+        "--warmup-method",
+        default="linear",
+        choices=["linear", "constant"],
+        help="constant: --warmup-start until its end",
+    )
+    add("--warmup-start", type=share, default=0.1, help="share of --lr at the beginning")
+    add("--optimizer", default="sgd", choices=["sgd", "rmsprop"], help="both with --momentum")
     add("--momentum", type=share, default=0.9, help="of the gradients' average")
     add("--weight_decay", "--weight-decay", "--wd", type=nonnegative_float, default=1e-4, help="of all parameters")
+    add("--norm-weight-decay", type=nonnegative_float, help="of BatchNorm's parameters (default: --weight-decay)")
     add("--label-smoothing", type=share, default=0.1, help="share of the target that all classes get")
+    add("--dropout", type=share, default=0.0, help="in the head")
+    add("--ema-decay", type=share, default=0.0, help="of the average of the weights; 0: no average")
+    add("--eval-ema", action="store_true", help="measure the averaged weights")
+    add("--class-weights", choices=["balanced"], help="in the loss; balanced: every class counts as much as any other")
     add("--eval-freq", type=whole_number, default=1, metavar="EPOCHS", help="0: never measure val/")
     add("--max-steps", type=whole_number, default=0, metavar="N", help="end the training after N steps; 0: do not")
     arguments.add_shared(parser, opt_level="O2")
     return parser
+
+
+# Differs from MnasNet: images are not mixed
+def check_options(args):
+    """Raise UserError where options contradict each other."""
+    if args.optimizer == "rmsprop" and args.fused_optimizer == "on":
+        raise errors.UserError("--fused-optimizer on: RMSprop has one form")
+    if args.eval_ema and not (args.ema_decay or args.evaluate or args.export or args.predict):
+        args.notices.append("--eval-ema: there is no average to measure without --ema-decay, such as 0.9999")
 
 
 # Differs from MnasNet: bicubic
@@ -92,27 +116,29 @@ def build_loaders(args, card, content):
     return train_loader, val_loader
 
 
-# Differs from MnasNet: the network has neither dropout nor another BatchNorm momentum
+# Differs from MnasNet: the network has no other BatchNorm momentum
 def build_model(args, num_classes, content, card, log):
     """Return the model on the card, with the weights of `--resume` or `--pretrained`."""
-    model = getattr(models, args.arch)(num_classes)
+    model = getattr(models, args.arch)(num_classes, dropout=args.dropout)
     if content is not None:
         path = args.resume or args.pretrained
-        for line in weights.load(model, content, path, pretrained.convert, may_replace_head=not args.resume):
+        measures_average = args.eval_ema and (args.evaluate or args.export or args.predict)
+        key = "state_dict_ema" if measures_average else None
+        for line in weights.load(model, content, path, pretrained.convert, may_replace_head=not args.resume, key=key):
             log.line(line)
     return card.prepare(model)
 
 
-# Copied from MnasNet/main.py:LabelSmoothing
+# Differs from MnasNet: images are not mixed
 class LabelSmoothing(nn.Module):
     """Cross entropy against targets of which a share `smoothing` is spread over all classes (Szegedy et al., 2015)."""
 
-    def __init__(self, smoothing):
+    def __init__(self, smoothing, class_weights):
         super().__init__()
-        self.smoothing = smoothing
+        self.smoothing, self.class_weights = smoothing, class_weights
 
     def forward(self, logits, targets):
-        log_probabilities = nn.functional.log_softmax(logits.float(), dim=1)
+        log_probabilities = weights.log_probabilities(logits, targets, self.class_weights)
         hard = nn.functional.nll_loss(log_probabilities, targets)
         return (1 - self.smoothing) * hard - self.smoothing * log_probabilities.mean()
 
@@ -131,33 +157,100 @@ class RandomErasing:
         return images
 
 
+# Copied from SPACH-SMLP/main.py:AveragedWeights
+class AveragedWeights:
+    """Exponential average of a model's weights and buffers (`model`), kept on the card."""
+
+    def __init__(self, model, decay):
+        self.model, self._decay = copy.deepcopy(model).eval(), decay
+        # The model's own parameters and buffers, so the pairs stay true, also when mixed precision changes their type.
+        averages, values = (m.state_dict(keep_vars=True).values() for m in (self.model, model))
+        self._pairs = list(zip(averages, values))
+
+    def update(self):
+        """Take the model's last step into the average."""
+        with torch.no_grad():
+            for average, value in self._pairs:
+                if average.is_floating_point():
+                    average.lerp_(value.to(average), 1 - self._decay)
+                else:
+                    average.copy_(value)
+
+    def state_dict(self):
+        """Return the averaged weights."""
+        return self.model.state_dict()
+
+    def load_state_dict(self, state):
+        """Take averaged weights from a checkpoint."""
+        self.model.load_state_dict(state)
+
+
+# Copied from MnasNet/main.py:RMSprop
+class RMSprop(torch.optim.Optimizer):
+    """RMSprop as TensorFlow and MindSpore define it; torch's own takes other steps with the same options.
+
+    Here `eps` stands under the root, the average of the squares begins at 1, and the momentum holds the learning rate.
+    """
+
+    def __init__(self, params, lr, momentum, weight_decay, alpha=0.9, eps=1e-3):
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "alpha": alpha, "eps": eps}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self):
+        """Take a step along the gradients."""
+        for group in self.param_groups:
+            for weight in [weight for weight in group["params"] if weight.grad is not None]:
+                gradient, state = weight.grad.add(weight, alpha=group["weight_decay"]), self.state[weight]
+                if not state:
+                    state.update(square_avg=torch.ones_like(weight), momentum_buffer=torch.zeros_like(weight))
+                square, update = state["square_avg"], state["momentum_buffer"]
+                square.mul_(group["alpha"]).addcmul_(gradient, gradient, value=1 - group["alpha"])
+                update.mul_(group["momentum"]).addcdiv_(gradient, (square + group["eps"]).sqrt_(), value=group["lr"])
+                weight.sub_(update)
+
+
 # Differs from MnasNet: plain momentum
 def build_optimizer(args, card, model):
     """Return the optimizer, and the learning rate as a function of the epochs done (a float)."""
-    options = {"momentum": args.momentum, "weight_decay": args.weight_decay}
-    optimizer = card.optimizer("SGD", model.parameters(), lr=args.lr, **options)
+    params, options = list(model.parameters()), {"momentum": args.momentum, "weight_decay": args.weight_decay}
+    if args.norm_weight_decay is not None:
+        norms = [p for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()]
+        others = [p for p in params if id(p) not in set(map(id, norms))]
+        params = [{"params": others}, {"params": norms, "weight_decay": args.norm_weight_decay}]
+    if args.optimizer == "rmsprop":
+        optimizer = RMSprop(params, args.lr, **options)
+    else:
+        optimizer = card.optimizer("SGD", params, lr=args.lr, **options)
+    return optimizer, lambda progress: rate_at(args, progress)
 
-    def schedule(progress):
-        if progress < args.warmup_epochs:
-            return args.lr * (0.1 + 0.9 * progress / args.warmup_epochs)
-        done = (progress - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
-        return args.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
-    return optimizer, schedule
+# Copied from MnasNet/main.py:rate_at
+def rate_at(args, progress):
+    """Return the learning rate after `progress` epochs (a float): the warm-up, then a cosine or a line down to 0."""
+    if progress < args.warmup_epochs:
+        part = progress if args.warmup_method == "linear" else 0.0
+        return args.lr * (args.warmup_start + (1 - args.warmup_start) * part / args.warmup_epochs)
+    done = min(1.0, (progress - args.warmup_epochs) / (args.epochs - args.warmup_epochs))
+    if args.schedule == "linear":
+        return args.lr * (1 - done)
+    return args.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
 # Differs from MnasNet: random erasing
-def train_one_epoch(loader, number, model, erase, criterion, optimizer, schedule, precision, log, checkpoints):
+def train_one_epoch(loader, number, model, erase, criterion, optimizer, schedule, precision, average, log, checkpoints):
     """Train on what is left of epoch `number`: from the sample on where `checkpoints` stands."""
-    model.train()
+    weights.set_training(model)
     for batch in log.steps(loader, number, checkpoints.samples):
         learning_rate = schedule(batch.progress)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        with precision.autocast():
+        with precision.autocast(model, batch):
             logits = model(erase(batch.images))
             loss = criterion(logits, batch.targets)
-        precision.step(loss, optimizer, batch.weight)
+        precision.step(loss, optimizer, batch)
+        if average and batch.ends_step:
+            average.update()
         stop_signal = log.step(loss, logits, batch, learning_rate)
         checkpoints.after_step(batch, stop_signal)
 
@@ -165,12 +258,10 @@ def train_one_epoch(loader, number, model, erase, criterion, optimizer, schedule
 # Copied from MnasNet/main.py:evaluate
 def evaluate(loader, model, card, log, epoch):
     """Return Acc@1 in percent over every image of `loader`, in float32, the same on all ranks."""
-    card.ranks.broadcast_buffers(model)
+    card.ranks.average_buffers(model)
     model.eval()
-    counts = torch.zeros(3, dtype=torch.int64, device=card.torch_device)
     with torch.no_grad():
-        for batch in log.batches(loader):
-            counts += logger.count_correct(model(batch.images), batch.targets)
+        counts = sum(logger.count_classes(model(batch.images), batch.targets) for batch in log.batches(loader))
     return log.evaluation(epoch, loader, card.ranks.sum(counts))[0]
 
 
@@ -192,29 +283,34 @@ def main(argv=None):
     train_loader, val_loader = build_loaders(args, card, content)
     classes = weights.class_names(args, content, train_loader or val_loader)
     model = build_model(args, len(classes), content, card, log)
+    weights.train_only(args, model, log)
     optimizer, schedule = build_optimizer(args, card, model)
+    average = AveragedWeights(model, args.ema_decay) if args.ema_decay else None
     precision = Precision(card, args, model, optimizer)
     log.start(args, precision)
     card.ranks.catch_signals()
     if args.evaluate:
         evaluate(val_loader, model, card, log, epoch=0)
         return log.finish()
-    parts = {"state_dict": model, "optimizer": optimizer, "precision": precision, "log": log}
+    name = "rmsprop" if args.optimizer == "rmsprop" else "optimizer"  # neither takes the other's state
+    parts = {"state_dict": model, name: optimizer, "precision": precision, "log": log}
+    if average:
+        parts["state_dict_ema"] = average
     metadata = {"classes": classes, "order": train_loader.order_facts}
     checkpoints = checkpoint.Checkpoints(card, args, log, args.output_dir or BUNDLE, parts, metadata)
-    if args.resume:
-        checkpoints.resume(content, args.resume)
+    checkpoints.resume(content)
     del content  # it is as large as model and optimizer
-    criterion, erase = LabelSmoothing(args.label_smoothing), RandomErasing(args.reprob)
+    criterion = LabelSmoothing(args.label_smoothing, weights.class_weights(args, train_loader, len(classes), card))
+    erase = RandomErasing(args.reprob)
     replica = card.parallel(model)
     for number in range(checkpoints.epoch, args.epochs):
         train_one_epoch(
-            train_loader, number, replica, erase, criterion, optimizer, schedule, precision, log, checkpoints
+            train_loader, number, replica, erase, criterion, optimizer, schedule, precision, average, log, checkpoints
         )
         acc1 = None
         if val_loader and ((number + 1) % args.eval_freq == 0 or log.is_final):
             checkpoints.before_evaluation()
-            acc1 = evaluate(val_loader, model, card, log, number)
+            acc1 = evaluate(val_loader, average.model if average and args.eval_ema else model, card, log, number)
         checkpoints.after_epoch(acc1)
         if log.is_final:
             break

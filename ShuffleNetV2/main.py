@@ -2,7 +2,7 @@
 """Train, evaluate or fine-tune ShuffleNetV2 on ImageNet-1k (or any folder of class folders) on NPU, CUDA or CPU.
 
 Paper: https://arxiv.org/abs/1807.11164. Recipe: SGD without momentum, cosine schedule with warm-up, colour jitter, 240
-epochs. Published for eight NPUs: 17329.326 images/s, Acc@1 66.246.
+epochs. Published for eight NPUs: 17329.326 images/s, Acc@1 66.246. README.md has recipes that reach more.
 
     python main.py --data /data/imagenet --amp
     python main.py --data /data/imagenet --amp --multiprocessing-distributed --device-list 0,1,2,3,4,5,6,7
@@ -10,8 +10,10 @@ epochs. Published for eight NPUs: 17329.326 images/s, Acc@1 66.246.
     python main.py --predict photos --resume model_best.pth.tar
 """
 
+import copy
 import math
 import os
+import random
 import sys
 
 sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -20,57 +22,90 @@ import common  # noqa: F401  # before torch: it finds a torch_npu that would end
 BUNDLE = os.path.dirname(os.path.abspath(__file__))
 
 import torch
+from torch import nn
 
 import models
 from common import arguments, checkpoint, data, device, distributed, errors, logger, weights
 from common.arguments import nonnegative_float, positive_float, positive_int, share, whole_number
 from common.precision import Precision
-from common.transforms import CenterCrop, RandomResizedCrop, import_torchvision
+from common.transforms import CenterCrop, RandomResizedCrop, from_torchvision
 from models import pretrained
-
-transforms = import_torchvision().transforms
 
 NETWORK = "ShuffleNetV2"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-NETWORK_OPTIONS = ("image_size", "channel_shuffle")  # where the command line is silent, a checkpoint says what they are
+# Where the command line is silent, a checkpoint says what they are.
+NETWORK_OPTIONS = ("image_size", "val_size", "val_resize", "eval_ema", "channel_shuffle")
 
 
 def build_parser():
     """Return the parser of all options: the recipe's, then those that the bundles share."""
-    parser = arguments.build_parser(__doc__)
+    parser = arguments.build_parser(__doc__, check_options)
     group = parser.add_argument_group("network and recipe")
     add = group.add_argument
     add("-a", "--arch", default="shufflenet_v2_x1_0", choices=models.__all__, metavar="NAME", help="%(choices)s")
     add("--channel-shuffle", default="wock", choices=sorted(models.CHANNEL_SHUFFLE), help="same function")
-    add("--image-size", type=positive_int, default=224, metavar="PIXELS", help="val/ is resized to 8/7 of it")
+    add("--image-size", type=positive_int, default=224, metavar="PIXELS", help="side of a training crop")
+    add("--val-size", type=positive_int, metavar="PIXELS", help="side of a crop of val/; as --image-size")
+    add("--val-resize", type=positive_int, metavar="PIXELS", help="shorter side before it (default: 8/7 of it)")
     add("--crop-scale", type=share, default=0.08, metavar="MIN", help="smallest crop, share of the area")
     add("--flip", type=share, default=0.5, metavar="P", help="probability of a horizontal flip")
     add("--color-jitter", type=share, default=0.2, help="of brightness, contrast and saturation")
+    add("--trivial-augment", action="store_true", help="TrivialAugmentWide")
+    add("--reprob", type=share, default=0.0, metavar="P", help="probability of random erasing")
+    add("--mixup", type=nonnegative_float, default=0.0, metavar="ALPHA", help="0: no mixup")
+    add("--cutmix", type=nonnegative_float, default=0.0, metavar="ALPHA", help="0: no CutMix")
+    add("--repeats", type=positive_int, default=1, metavar="N", help="copies of an image in a row of the epoch")
     add("--epochs", "--epoch", type=positive_int, default=240, metavar="N", help="passes over train/")
     add("-b", "--batch-size", type=positive_int, default=1024, metavar="N", help="per card")
     add("--learning-rate", "--lr", dest="lr", type=positive_float, default=0.5, help="for the batch of all cards")
+    add("--schedule", default="cosine", choices=["cosine", "linear"], help="how --lr falls to 0 after the warm-up")
     add(
         "--warm_up_epochs",
         "--warmup-epochs",
         dest="warmup_epochs",
-        type=whole_number,
+        type=nonnegative_float,
         default=5,
         metavar="N",
-        help="from a tenth of --lr",
+        help="before --lr is reached",
     )
+    add(
+        "--warmup-method",
+        default="linear",
+        choices=["linear", "constant"],
+        help="constant: --warmup-start until its end",
+    )
+    add("--warmup-start", type=share, default=0.1, help="share of --lr at the beginning")
     add("--momentum", type=share, default=0.0, help="of the gradients' average")
     add("--wd", "--weight-decay", dest="weight_decay", type=nonnegative_float, default=1e-4, help="of all parameters")
-    add("--benchmark", type=int, default=0, choices=[0, 1], help="1: try cuDNN's algorithms (CUDA only)")
+    add("--norm-weight-decay", type=nonnegative_float, help="of BatchNorm's parameters (default: --weight-decay)")
+    add("--label-smoothing", type=share, default=0.0, help="share of the target that all classes get")
+    add("--benchmark", type=int, default=1, choices=[0, 1], help="0: do not try cuDNN's algorithms first (CUDA)")
+    add("--ema-decay", type=share, default=0.0, help="of the average of the weights; 0: no average")
+    add("--eval-ema", action="store_true", help="measure the averaged weights")
+    add("--class-weights", choices=["balanced"], help="in the loss; balanced: every class counts as much as any other")
     add("--eval-freq", type=whole_number, default=1, metavar="EPOCHS", help="0: never measure val/")
     add("--max-steps", type=whole_number, default=0, metavar="N", help="end the training after N steps; 0: do not")
     arguments.add_shared(parser, opt_level="O2", loss_scale="64")
     return parser
 
 
+# Differs from MnasNet: SGD alone
+def check_options(args):
+    """Raise UserError where options contradict each other, or this torchvision lacks what they name."""
+    for option, name in (("trivial_augment", "TrivialAugmentWide"), ("mixup", "MixUp"), ("cutmix", "CutMix")):
+        if getattr(args, option):
+            from_torchvision(name, "--" + option.replace("_", "-"))
+    if args.class_weights and (args.mixup or args.cutmix):
+        raise errors.UserError("--class-weights: not with --mixup and --cutmix, whose images have no one class")
+    if args.eval_ema and not (args.ema_decay or args.evaluate or args.export or args.predict):
+        args.notices.append("--eval-ema: there is no average to measure without --ema-decay, such as 0.9999")
+
+
 # Copied from MnasNet/main.py:val_crop
 def val_crop(args):
     """Return the transform with which the network is measured."""
-    return CenterCrop(args.image_size, resize=args.image_size * 8 // 7)
+    size = args.val_size or args.image_size
+    return CenterCrop(size, resize=args.val_resize or size * 8 // 7)
 
 
 # Differs from MnasNet: colour jitter
@@ -80,10 +115,16 @@ def build_loaders(args, card, content):
         return data.SyntheticLoader(card, args.image_size, args.num_classes or 1000, args), None
     train_loader = val_loader = None
     if not args.evaluate:
-        jitter = transforms.ColorJitter(args.color_jitter, args.color_jitter, args.color_jitter)
-        augment = jitter if args.color_jitter else None
+        augments = []
+        if args.color_jitter:
+            augments.append(from_torchvision("ColorJitter")(*3 * [args.color_jitter]))
+        if args.trivial_augment:
+            bilinear = from_torchvision("InterpolationMode").BILINEAR
+            augments.append(from_torchvision("TrivialAugmentWide")(interpolation=bilinear))
+        augment = from_torchvision("Compose")(augments) if augments else None
         crop = RandomResizedCrop(args.image_size, scale=(args.crop_scale, 1.0), flip=args.flip, augment=augment)
-        train_loader = data.Loader(card, data.ImageFolder(args.data, "train"), crop, args, MEAN, STD, training=True)
+        images = data.ImageFolder(args.data, "train")
+        train_loader = data.Loader(card, images, crop, args, MEAN, STD, training=True, repeats=args.repeats)
     if args.evaluate or args.eval_freq:
         images = data.ImageFolder(args.data, "val", weights.classes_of(content, args))
         val_loader = data.Loader(card, images, val_crop(args), args, MEAN, STD, training=False)
@@ -96,38 +137,115 @@ def build_model(args, num_classes, content, card, log):
     model = getattr(models.CHANNEL_SHUFFLE[args.channel_shuffle], args.arch)(num_classes)
     if content is not None:
         path = args.resume or args.pretrained
-        for line in weights.load(model, content, path, pretrained.convert, may_replace_head=not args.resume):
+        measures_average = args.eval_ema and (args.evaluate or args.export or args.predict)
+        key = "state_dict_ema" if measures_average else None
+        for line in weights.load(model, content, path, pretrained.convert, may_replace_head=not args.resume, key=key):
             log.line(line)
     return card.prepare(model)
+
+
+# Copied from MnasNet/main.py:LabelSmoothing
+class LabelSmoothing(nn.Module):
+    """Cross entropy against targets of which a share `smoothing` is spread over all classes (Szegedy et al., 2015)."""
+
+    def __init__(self, smoothing, class_weights):
+        super().__init__()
+        self.smoothing, self.class_weights = smoothing, class_weights
+
+    def forward(self, logits, targets):
+        log_probabilities = weights.log_probabilities(logits, targets, self.class_weights)
+        if targets.dim() == 2:  # shares of the classes, of mixed images
+            hard = -(targets * log_probabilities).sum(dim=1).mean()
+        else:
+            hard = nn.functional.nll_loss(log_probabilities, targets)
+        return (1 - self.smoothing) * hard - self.smoothing * log_probabilities.mean()
+
+
+# Copied from MnasNet/main.py:Augment
+class Augment:
+    """Random erasing, then mixup or CutMix of a batch, by torchvision's own transforms."""
+
+    def __init__(self, args, num_classes):
+        self._erase = from_torchvision("RandomErasing")(args.reprob, inplace=True) if args.reprob else None
+        alphas = {"MixUp": args.mixup, "CutMix": args.cutmix}
+        self._mixes = [from_torchvision(name)(alpha=a, num_classes=num_classes) for name, a in alphas.items() if a]
+
+    def __call__(self, images, targets):
+        """Return float images [B, 3, H, W] and int64 targets [B]; of mixed images the shares of the classes [B, C]."""
+        for image in images if self._erase else ():
+            self._erase(image)
+        return random.choice(self._mixes)(images, targets) if self._mixes else (images, targets)
+
+
+# Copied from SPACH-SMLP/main.py:AveragedWeights
+class AveragedWeights:
+    """Exponential average of a model's weights and buffers (`model`), kept on the card."""
+
+    def __init__(self, model, decay):
+        self.model, self._decay = copy.deepcopy(model).eval(), decay
+        # The model's own parameters and buffers, so the pairs stay true, also when mixed precision changes their type.
+        averages, values = (m.state_dict(keep_vars=True).values() for m in (self.model, model))
+        self._pairs = list(zip(averages, values))
+
+    def update(self):
+        """Take the model's last step into the average."""
+        with torch.no_grad():
+            for average, value in self._pairs:
+                if average.is_floating_point():
+                    average.lerp_(value.to(average), 1 - self._decay)
+                else:
+                    average.copy_(value)
+
+    def state_dict(self):
+        """Return the averaged weights."""
+        return self.model.state_dict()
+
+    def load_state_dict(self, state):
+        """Take averaged weights from a checkpoint."""
+        self.model.load_state_dict(state)
 
 
 # Differs from MnasNet: plain SGD
 def build_optimizer(args, card, model):
     """Return the optimizer, and the learning rate as a function of the epochs done (a float)."""
-    options = {"momentum": args.momentum, "weight_decay": args.weight_decay}
-    optimizer = card.optimizer("SGD", model.parameters(), lr=args.lr, **options)
+    params, options = list(model.parameters()), {"momentum": args.momentum, "weight_decay": args.weight_decay}
+    if args.norm_weight_decay is not None:
+        norms = [p for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()]
+        others = [p for p in params if id(p) not in set(map(id, norms))]
+        params = [{"params": others}, {"params": norms, "weight_decay": args.norm_weight_decay}]
+    optimizer = card.optimizer("SGD", params, lr=args.lr, **options)
+    return optimizer, lambda progress: rate_at(args, progress)
 
-    def schedule(progress):
-        if progress < args.warmup_epochs:
-            return args.lr * (0.1 + 0.9 * progress / args.warmup_epochs)
-        done = (progress - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
-        return args.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
-    return optimizer, schedule
+# Copied from MnasNet/main.py:rate_at
+def rate_at(args, progress):
+    """Return the learning rate after `progress` epochs (a float): the warm-up, then a cosine or a line down to 0."""
+    if progress < args.warmup_epochs:
+        part = progress if args.warmup_method == "linear" else 0.0
+        return args.lr * (args.warmup_start + (1 - args.warmup_start) * part / args.warmup_epochs)
+    done = min(1.0, (progress - args.warmup_epochs) / (args.epochs - args.warmup_epochs))
+    if args.schedule == "linear":
+        return args.lr * (1 - done)
+    return args.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
 # Copied from MnasNet/main.py:train_one_epoch
-def train_one_epoch(loader, number, model, criterion, optimizer, schedule, precision, log, checkpoints):
+def train_one_epoch(
+    loader, number, model, augment, criterion, optimizer, schedule, precision, average, log, checkpoints
+):
     """Train on what is left of epoch `number`: from the sample on where `checkpoints` stands."""
-    model.train()
+    weights.set_training(model)
     for batch in log.steps(loader, number, checkpoints.samples):
         learning_rate = schedule(batch.progress)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        with precision.autocast():
-            logits = model(batch.images)
-            loss = criterion(logits, batch.targets)
-        precision.step(loss, optimizer, batch.weight)
+        images, targets = augment(batch.images, batch.targets)
+        with precision.autocast(model, batch):
+            logits = model(images)
+            loss = criterion(logits, targets)
+        precision.step(loss, optimizer, batch)
+        if average and batch.ends_step:
+            average.update()
         stop_signal = log.step(loss, logits, batch, learning_rate)
         checkpoints.after_step(batch, stop_signal)
 
@@ -135,16 +253,14 @@ def train_one_epoch(loader, number, model, criterion, optimizer, schedule, preci
 # Copied from MnasNet/main.py:evaluate
 def evaluate(loader, model, card, log, epoch):
     """Return Acc@1 in percent over every image of `loader`, in float32, the same on all ranks."""
-    card.ranks.broadcast_buffers(model)
+    card.ranks.average_buffers(model)
     model.eval()
-    counts = torch.zeros(3, dtype=torch.int64, device=card.torch_device)
     with torch.no_grad():
-        for batch in log.batches(loader):
-            counts += logger.count_correct(model(batch.images), batch.targets)
+        counts = sum(logger.count_classes(model(batch.images), batch.targets) for batch in log.batches(loader))
     return log.evaluation(epoch, loader, card.ranks.sum(counts))[0]
 
 
-# Differs from MnasNet: cross entropy without smoothing, --benchmark
+# Differs from MnasNet: SGD alone, --benchmark
 def main(argv=None):
     parser = build_parser()
     args = arguments.parse(parser, argv)
@@ -152,7 +268,7 @@ def main(argv=None):
         return distributed.spawn(args, argv)
     args, content = checkpoint.load(parser, argv, args, models.__all__, NETWORK_OPTIONS, BUNDLE)
     card = device.Device(args)
-    card.benchmark(args.benchmark)
+    torch.backends.cudnn.benchmark &= bool(args.benchmark)
     log = logger.Log(card, args, NETWORK)
     if args.export or args.predict:
         from common import export
@@ -163,7 +279,9 @@ def main(argv=None):
     train_loader, val_loader = build_loaders(args, card, content)
     classes = weights.class_names(args, content, train_loader or val_loader)
     model = build_model(args, len(classes), content, card, log)
+    weights.train_only(args, model, log)
     optimizer, schedule = build_optimizer(args, card, model)
+    average = AveragedWeights(model, args.ema_decay) if args.ema_decay else None
     precision = Precision(card, args, model, optimizer)
     log.start(args, precision)
     card.ranks.catch_signals()
@@ -171,19 +289,22 @@ def main(argv=None):
         evaluate(val_loader, model, card, log, epoch=0)
         return log.finish()
     parts = {"state_dict": model, "optimizer": optimizer, "precision": precision, "log": log}
+    if average:
+        parts["state_dict_ema"] = average
     metadata = {"classes": classes, "order": train_loader.order_facts}
     checkpoints = checkpoint.Checkpoints(card, args, log, args.output_dir or BUNDLE, parts, metadata)
-    if args.resume:
-        checkpoints.resume(content, args.resume)
+    checkpoints.resume(content)
     del content  # it is as large as model and optimizer
-    criterion = torch.nn.CrossEntropyLoss()
-    replica = card.parallel(model)
+    criterion = LabelSmoothing(args.label_smoothing, weights.class_weights(args, train_loader, len(classes), card))
+    augment, replica = Augment(args, len(classes)), card.parallel(model)
     for number in range(checkpoints.epoch, args.epochs):
-        train_one_epoch(train_loader, number, replica, criterion, optimizer, schedule, precision, log, checkpoints)
+        train_one_epoch(
+            train_loader, number, replica, augment, criterion, optimizer, schedule, precision, average, log, checkpoints
+        )
         acc1 = None
         if val_loader and ((number + 1) % args.eval_freq == 0 or log.is_final):
             checkpoints.before_evaluation()
-            acc1 = evaluate(val_loader, model, card, log, number)
+            acc1 = evaluate(val_loader, average.model if average and args.eval_ema else model, card, log, number)
         checkpoints.after_epoch(acc1)
         if log.is_final:
             break

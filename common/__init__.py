@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import pathlib
 import re
 import signal
 import sys
@@ -16,27 +17,25 @@ def require(*packages):
             sys.exit("[Error] {} is missing for {}: pip install -r {}".format(name, sys.executable, file))
 
 
-def _read(package, name):
-    spec = find_spec(package)  # does not import the package
-    if spec is None or not spec.origin:
-        return ""
-    with open(os.path.join(os.path.dirname(spec.origin), name), encoding="utf-8") as file:
-        return file.read()
+def _find(package, name, pattern):
+    """Return what `pattern` finds in the file `name` of a package, which is not imported; None: nothing."""
+    spec = find_spec(package)
+    text = pathlib.Path(spec.origin).with_name(name).read_text(encoding="utf-8") if spec and spec.origin else ""
+    found = re.search(pattern, text, re.MULTILINE)
+    return found and found.group(1)
 
 
 def _find_npu_problem():
     """Return why torch_npu, which is installed, cannot work here, with the cure; None otherwise."""
-    texts = _read("torch_npu", "version.py"), _read("torch", "version.py")
-    npu, torch = (re.search(r"__version__ = ['\"](\d+\.\d+\.\d+)", text) for text in texts)
+    npu, torch = (_find(name, "version.py", r"^__version__ = ['\"](\d+\.\d+\.\d+)") for name in ("torch_npu", "torch"))
     if not npu or not torch:
         return None
-    npu, torch = npu.group(1), torch.group(1)
     if npu != torch:
         return 'torch_npu {0} does not fit torch {1}: pip install "torch_npu=={1}.*"'.format(npu, torch)
-    cuda = re.search(r"^cuda\b.*= ['\"]([\d.]+)", texts[1], re.MULTILINE)
-    if cuda and "def _autoload" in _read("torch_npu", "__init__.py"):  # it registers operators twice: an abort
+    cuda = _find("torch", "version.py", r"^cuda\b.*= ['\"]([\d.]+)")
+    if cuda and _find("torch_npu", "__init__.py", "(def _autoload)"):  # it registers operators twice: an abort
         text = "torch {0} is built for CUDA {1}, beside which torch_npu ends the process: pip install torch=={0} {2}"
-        return text.format(torch, cuda.group(1), "--index-url https://download.pytorch.org/whl/cpu")
+        return text.format(torch, cuda, "--index-url https://download.pytorch.org/whl/cpu")
     try:
         ctypes.CDLL("libhccl.so")
     except OSError as error:
@@ -48,12 +47,12 @@ def _find_npu_problem():
     return None
 
 
-NPU_PROBLEM = None
-if sys.argv[:1] != ["-m"]:  # python -m common.parse_log and common.pack use no card
+IS_TOOL = sys.argv[:1] == ["-m"]  # python -m common.parse_log and common.pack use no card
+if not IS_TOOL:
     require("torch", "numpy", "PIL", "tqdm")
-    NPU_PROBLEM = _find_npu_problem()
-if NPU_PROBLEM or sys.argv[:1] == ["-m"]:
+NPU_PROBLEM = None if IS_TOOL else _find_npu_problem()
+if NPU_PROBLEM or IS_TOOL:
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # no stack traces of connections that fail
-if os.path.basename(sys.argv[0]) == "main.py":
+if IS_TOOL or os.path.basename(sys.argv[0]) == "main.py":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # nor one of Ctrl-C while torch is imported

@@ -1,15 +1,35 @@
 """Options: types with ranges, the groups that all bundles share, and one line for what is wrong with a command line."""
 
 import argparse
+import contextlib
 import math
 import os
 import sys
+from urllib.parse import urlsplit
 
-from common import data, device, distributed, errors
+from common import data, device, distributed, errors, weights
 from common.errors import UserError
 
-NOT_OF_THE_RUN = ("check", "dry_run", "notices")  # attributes of the parsed options that no checkpoint records
-TRAINING_OPTIONS = {"amp", "opt_level", "amp_dtype", "loss_scale", "save_steps", "max_restarts", "no_save"}
+NOT_OF_THE_RUN = ("check", "dry_run", "notices", "test_batch")  # attributes of the options that no checkpoint records
+FOR_TRAINING = {"amp", "opt_level", "amp_dtype", "loss_scale", "save_steps", "train_only", "max_restarts", "no_save"}
+FOR_TRAINING |= {"accumulate", "clip_grad", "profile"}
+
+MODELZOO = {  # flags of its own programs: ours; or the only value that is accepted, and the answer to any other
+    "--train-batch": "--batch-size",
+    "--max_step": "--max-steps",
+    "--warmup": "--warmup-epochs",
+    "--gamma": "--lr-decay",
+    "--ls": "--label-smoothing",
+    "--world_size": "--device-num",
+    "-c": "--output-dir",
+    "--start-epoch": ("0", "--resume FILE goes on from the epoch of its file"),
+    "--local_rank": (os.environ.get("LOCAL_RANK", "0"), "start main.py once, with --device-list for its cards"),
+    "--warmup-epochs": ("0", "this recipe has no warm-up"),
+    "--label-smoothing": ("0", "this recipe smooths no labels"),
+    "--checkpoint-freq": ("1", "every epoch is saved; --save-steps N saves between them"),
+    "--run-prof": ("", "--profile N records N steps"),
+    "-log": ("", "--log-dir DIR says where train_<id>.log goes, --log-id its id"),
+}
 
 
 class OptionType:
@@ -19,17 +39,11 @@ class OptionType:
         self.__name__, self._convert, self._accepts = name, convert, accepts  # argparse's %(type)s is the `__name__`
 
     def __call__(self, word):
-        try:
+        with contextlib.suppress(ValueError):
             value = self._convert(word)
             if self._accepts(value):
                 return value
-        except ValueError:
-            pass
         raise argparse.ArgumentTypeError("{!r} is not {}".format(word, self.__name__))
-
-
-def _is_tcp_url(word):
-    return word.startswith("tcp://") and "//:" not in word and 1 <= int(word.rpartition(":")[2]) <= 65535
 
 
 positive_int = OptionType("an integer from 1 to 1e9", int, lambda value: 1 <= value <= 1e9)
@@ -40,31 +54,31 @@ positive_float = OptionType("a number above 0", float, lambda value: 0 < value <
 nonnegative_float = OptionType("a number from 0 on", float, lambda value: 0 <= value < math.inf)
 scale = OptionType("dynamic or a number above 0", str, lambda word: word == "dynamic" or 0 < float(word) < math.inf)
 nonempty = OptionType("a text that is not empty (is a variable unset?)", str, lambda word: word.strip() != "")
-tcp_url = OptionType("tcp://HOST:PORT (1 to 65535) or env://", str, lambda word: word == "env://" or _is_tcp_url(word))
+tcp_url = OptionType(
+    "tcp://HOST:PORT (1 to 65535) or env://",
+    str,
+    lambda word: word == "env://" or (word.startswith("tcp://") and urlsplit(word).hostname and urlsplit(word).port),
+)
+network_file = OptionType("FILE.onnx or FILE.safetensors", str, lambda word: word.endswith((".onnx", ".safetensors")))
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Adds the range, and the default where it says something, as `argparse.ArgumentDefaultsHelpFormatter` does."""
+    """Adds the range of a number, and the default of what has one."""
 
     def _get_help_string(self, action):
-        range_of_values = "; %(type)s" if isinstance(action.type, OptionType) and action.type is not nonempty else ""
+        range_of_values = "; %(type)s" if action.type not in (None, nonempty, network_file) else ""
         has_default = action.nargs != 0 and action.default not in (None, argparse.SUPPRESS)
         return action.help + range_of_values + (" (default: %(default)s)" if has_default else "")
 
 
 class _Parser(argparse.ArgumentParser):
-    check = None
-
     def error(self, message):
-        errors.print_error(message)
+        errors.print_error("{} ({} --help lists all options)".format(message, self.prog))
         sys.exit(2)
 
 
-def build_parser(text, check=None):
-    """Return an `argparse.ArgumentParser` with the help `text`, whose indented lines are examples.
-
-    `check(args)` raises UserError where options of the bundle contradict each other.
-    """
+def build_parser(text, check=lambda args: None):
+    """Return a parser with the help `text`; `check(args)` raises UserError where the bundle's options do not fit."""
     description, _, examples = text.partition("\n\n    ")
     texts = {"description": description, "epilog": "examples:\n    " + examples}
     parser = _Parser(usage="%(prog)s --data DIR [option ...]", formatter_class=_Help, allow_abbrev=False, **texts)
@@ -94,11 +108,16 @@ def add_shared(parser, amp=False, opt_level="O1", loss_scale="dynamic"):
     add("--loss-scale", "--loss_scale", type=scale, default=loss_scale, metavar="N|dynamic", help="of float16")
     add("--memory-format", default="auto", choices=["auto", "contiguous"], help="auto: channels last, not on NPU")
     add("--torch-layers", action="store_true", help="on a CPU: torch's own layers, not the faster forms")
-    add("--compile", action="store_true", help="torch.compile: minutes once, then faster steps, not on NPU")
+    modes = {"nargs": "?", "const": "default", "choices": ["default", "reduce-overhead", "max-autotune"]}
+    add("--compile", **modes, help="torch.compile: a minute or more once, then faster steps (%(choices)s)")
     add("--cpu-batch-size", type=positive_int, metavar="N", help="replaces --batch-size on a CPU")
     add("--cpu-max-steps", type=whole_number, metavar="N", help="replaces --max-steps on a CPU")
-    add("--fused-optimizer", action="store_true", help="the NPU's own fused optimizer (NPU only)")
-    add("--jit-compile", default="off", choices=["auto", "on", "off"], help="NPU operators; auto: as the chip does")
+    switch = {"default": "auto", "choices": ["auto", "on", "off"]}
+    add("--fused-optimizer", nargs="?", const="on", **switch, help="auto: where it is faster with the same results")
+    add("--jit-compile", **switch, help="NPU: compile operators; auto: as the chip does")
+    add("--internal-format", **switch, help="NPU: private memory layouts; auto: as the chip does")
+    add("--accumulate", type=positive_int, default=1, metavar="N", help="batches for each step of the optimizer")
+    add("--clip-grad", type=positive_float, metavar="X", help="greatest norm of the gradient (default: any)")
 
     add = parser.add_argument_group("ranks").add_argument
     add("--multiprocessing-distributed", action="store_true", help="start one process per card (so do several cards)")
@@ -113,7 +132,8 @@ def add_shared(parser, amp=False, opt_level="O1", loss_scale="dynamic"):
 
     add = parser.add_argument_group("checkpoints").add_argument
     add("--resume", type=nonempty, metavar="FILE|auto", help="go on from it (auto: the newest of --output-dir)")
-    add("--pretrained", type=nonempty, metavar="FILE", help="start from these weights (.pth, .pth.tar, .safetensors)")
+    add("--pretrained", type=nonempty, metavar="FILE", help="start from these weights, or those at https://...")
+    add("--train-only", choices=["classifier", "classifier,norm"], help="leave the other parameters as they are")
     add("-e", "--evaluate", action="store_true", help="measure --resume FILE on val/, train nothing")
     add("--output-dir", "--output_dir", type=nonempty, metavar="DIR", help="folder of the checkpoints")
     add("--save-steps", type=whole_number, default=0, metavar="N", help="also save every N steps; 0: do not")
@@ -124,41 +144,56 @@ def add_shared(parser, amp=False, opt_level="O1", loss_scale="dynamic"):
     add("-p", "--print-freq", type=positive_int, default=10, metavar="N", help="steps between two log lines")
     add("--log-dir", type=nonempty, metavar="DIR", help="folder of the files of the log (default: none)")
     add("--log-id", type=nonempty, default="0", metavar="ID", help="names train_<id>.log in it")
+    add("--profile", type=whole_number, default=0, metavar="N", help="record N steps for a profile in --log-dir")
+    add("--per-class", type=nonempty, metavar="FILE", help="write the Acc@1 of each class as CSV (last evaluation)")
 
     add = parser.add_argument_group("after training").add_argument
-    add("--export", type=nonempty, metavar="FILE", help="write the weights as FILE.onnx or FILE.safetensors")
+    add("--export", type=network_file, metavar="FILE", help="write the weights as FILE.onnx or FILE.safetensors")
     add("--half", action="store_true", help="--export in float16")
     add("--predict", type=nonempty, metavar="PATH", help="what an image shows, or all images of a folder")
+
+    parser.add_argument("--test-batch", type=positive_int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    for flag in MODELZOO:
+        with contextlib.suppress(argparse.ArgumentError):  # of a recipe that has the option itself
+            names = sorted({flag, flag.replace("local_", "local-")})  # torch's launchers write both
+            parser.add_argument(*names, nargs="?", action=_ModelZoo, dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
+class _ModelZoo(argparse.Action):
+    def __call__(self, parser, namespace, word, option_string=None):
+        ours = MODELZOO[option_string.replace("-rank", "_rank")]
+        if isinstance(ours, str):
+            parser.parse_args([ours, word or ""], namespace)
+        elif word != ours[0]:
+            raise argparse.ArgumentError(self, ours[1])
 
 
 def parse(parser, argv):
     """Return the options of `argv` (None: of the command line), or end the process after `--dry-run` and `--check`.
 
-    `args.device` is "npu", "cuda" or "cpu"; `args.notices` is a list of lines for the log.
-
-    Raises:
-        UserError: options contradict each other, or a device, file or folder that they name is not there.
+    `args.device` is "npu", "cuda" or "cpu"; `args.notices` is a list of lines for the log. Raises UserError where
+    options contradict each other, or a device, file or folder that they name is not there.
     """
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        parser.error("{} is no option; {} --help lists all".format(unknown[0], parser.prog))
+    args = parser.parse_args(argv)
     args.notices = []
     for is_one, text in _problems(args):
         if is_one:
             raise UserError(text)
-    if parser.check:
-        parser.check(args)
-    try:
+    parser.check(args)
+    with contextlib.suppress(UserError if args.dry_run else ()):  # a dry run may be for another machine
         args.device = device.choose_type(args.device)
         device.check(args)
-    except UserError:
-        if not args.dry_run:  # which may be for another machine
-            raise
-    if args.device == "cpu":
-        _fit_to_cpu(args)
-    _shorten_warmup(args)
+    _fit(args)
+    if "://" in (args.pretrained or "") and not args.dry_run:
+        args.pretrained = weights.download(args.pretrained)
     if args.dry_run:
-        print(*args.notices, *_values(parser, args), sep="\n")
+        for notice in args.notices:
+            print(notice)
+        for option, value in as_dict(args).items():
+            default = parser.get_default(option)
+            note = "" if default in (value, None) else "  (default: {})".format(default)
+            if value is not None and value is not False:
+                print("  --{} {}{}".format(option.replace("_", "-"), value, note))
     if args.dry_run or args.check:
         sys.exit(0)
     return args
@@ -166,69 +201,65 @@ def parse(parser, argv):
 
 def _problems(args):
     """Yield (whether it is one, text) for what contradicts each other, and without `--dry-run` for what is missing."""
-    file, uses_network = args.resume if args.resume != "auto" else None, args.export or args.predict
+    file, network_alone = args.resume if args.resume != "auto" else None, args.export or args.predict
     yield sum(map(bool, (args.evaluate, args.export, args.predict))) > 1, "--evaluate, --export, --predict: one of them"
     several_ranks = distributed.should_spawn(args) or distributed.is_distributed()
-    yield several_ranks and uses_network, "--export and --predict are for one card, not for several"
+    yield several_ranks and network_alone, "--export and --predict are for one card, not for several"
     yield args.half and not args.export, "--half goes with --export"
-    is_known = (args.export or ".onnx").endswith((".onnx", ".safetensors"))
-    yield not is_known, "--export {}: the name must end in .onnx or .safetensors".format(args.export)
     yield args.evaluate and args.synthetic, "--evaluate needs the images of --data, not --synthetic ones"
     yield args.data and args.synthetic, "--data and --synthetic: one of them"
     yield args.pretrained and file, "--resume FILE and --pretrained: one of them"
+    measures = args.evaluate or (args.eval_freq and not (args.synthetic or network_alone))
+    yield args.per_class and not measures, "--per-class needs an evaluation of --data"
+    yield args.train_only and not (file or args.pretrained), "--train-only needs --pretrained FILE, or --resume FILE"
+    yield getattr(args, "class_weights", None) and args.synthetic, "--class-weights needs the images of --data"
     yield args.save_steps and args.no_save, "--save-steps and --no-save: one of them"
+    text = "--test-batch: val/ is measured in batches of --batch-size, which is {}".format(args.batch_size)
+    yield getattr(args, "test_batch", args.batch_size) != args.batch_size, text
     if args.dry_run:
         return
+    has_weights = file or args.pretrained
     yield args.evaluate and not file, "--evaluate needs --resume FILE"
-    text = "--export and --predict need --resume FILE or --pretrained FILE"
-    yield uses_network and not (file or args.pretrained), text
-    yield not (uses_network or args.data or args.synthetic), "--data DIR is missing (or --synthetic for random images)"
+    yield network_alone and not has_weights, "--export and --predict need --resume FILE or --pretrained FILE"
+    yield not (network_alone or args.data or args.synthetic), "--data DIR is missing (or --synthetic for random images)"
     for option, path in (("resume", file), ("pretrained", args.pretrained)):
-        yield path and not os.path.isfile(path), "--{}: there is no file {}".format(option, path)
+        yield path and "://" not in path and not os.path.isfile(path), "--{}: there is no file {}".format(option, path)
     yield args.predict and not os.path.exists(args.predict), "--predict: there is no {}".format(args.predict)
+    table = os.path.abspath(args.per_class or "")
+    no_file = args.per_class and (os.path.isdir(table) or not os.path.isdir(os.path.dirname(table)))
+    yield no_file, "--per-class {}: not a file in a folder that is there".format(args.per_class)
     yield os.path.isfile(args.output_dir or ""), "--output-dir {}: a file is in the way".format(args.output_dir)
-    if args.data and not uses_network:
+    if args.data and not network_alone:
         yield not os.path.isdir(args.data), "--data: there is no folder {}".format(args.data)
-        for split in ["val"] if args.evaluate else ["train", "val"] if args.eval_freq else ["train"]:
+        needed = {"train": not args.evaluate, "val": args.evaluate or args.eval_freq}
+        for split in filter(needed.get, needed):
             data.find_classes(args.data, split)
 
 
-def _fit_to_cpu(args):
-    for option in ("batch_size", "max_steps"):
-        small, recipe = getattr(args, "cpu_" + option), getattr(args, option)
-        if small not in (None, recipe):
-            text = "On this CPU {} is {}, in place of the recipe's {}; --{} chooses another"
-            args.notices.append(text.format(option, small, recipe or "whole epochs", option.replace("_", "-")))
-            setattr(args, option, small)
-
-
-def _shorten_warmup(args):
-    """Have warm-up and cool-down take half of the run where they are longer than all of it."""
+def _fit(args):
+    """Fit sizes to a CPU, and warm-up and cool-down to a run that is shorter: they take half of it; say so."""
+    fitting = {}
+    if args.device == "cpu":
+        fitting = {"batch_size": (args.cpu_batch_size, "on this CPU"), "max_steps": (args.cpu_max_steps, "on this CPU")}
     ramps = {option: getattr(args, option, 0) for option in ("warmup_epochs", "cooldown_epochs")}
-    share_of_them = args.epochs / (2 * max(1, sum(ramps.values())))
-    for option, epochs in ramps.items():
-        if epochs and share_of_them < 0.5:
-            setattr(args, option, epochs * share_of_them)
-            text = "--{} is {:g}, in place of {}, since --epochs is {}"
-            args.notices.append(text.format(option.replace("_", "-"), epochs * share_of_them, epochs, args.epochs))
+    if sum(ramps.values()) > args.epochs:
+        share_of_ramps = args.epochs / (2 * sum(ramps.values()))
+        for option, epochs in ramps.items():
+            fitting[option] = epochs * share_of_ramps, "since --epochs is {}".format(args.epochs)
+    for option, (value, reason) in fitting.items():
+        if value not in (None, getattr(args, option, 0)):
+            text = "--{} is {:g}, in place of {:g}, {}"
+            args.notices.append(text.format(option.replace("_", "-"), value, getattr(args, option), reason))
+            setattr(args, option, value)
 
 
 def unused(parser, args, network_options):
     """Return the options that are for a training alone and that the command line gives, as a line; "" without any."""
     shared = argparse.ArgumentParser()
     add_shared(shared)
-    used = {"arch", "batch_size", *network_options, *NOT_OF_THE_RUN, *vars(shared.parse_args([]))} - TRAINING_OPTIONS
+    used = {"arch", "batch_size", *network_options, *NOT_OF_THE_RUN, *vars(shared.parse_args([]))} - FOR_TRAINING
     names = [name for name, value in vars(args).items() if name not in used and value != parser.get_default(name)]
     return "of no use without a training: " + ", ".join(names) if names else ""
-
-
-def _values(parser, args):
-    """Yield a line for each option that has a value, with its default where that is another."""
-    for option, value in as_dict(args).items():
-        if value is not None and value is not False:
-            default = parser.get_default(option)
-            note = "" if default in (value, None) else "  (default: {})".format(default)
-            yield "  --{} {}{}".format(option.replace("_", "-"), value, note)
 
 
 def as_dict(args):

@@ -13,118 +13,92 @@ import time
 import torch
 
 from common import arguments
+from common.distributed import set_buffers
 from common.errors import Stopped, UserError
 from common.weights import on_cpu, read
 
 # The last checkpoint, the one before it, and the best: each is complete and can be resumed.
-LAST, PREVIOUS, BEST = NAMES = ("checkpoint.pth.tar", "checkpoint.prev.pth.tar", "model_best.pth.tar")
+NAMES = ("checkpoint.pth.tar", "checkpoint.prev.pth.tar", "model_best.pth.tar")
 # Tells this run, on this node, from others; a restart by torch's elastic launcher keeps it.
 RUN = "{} {} {}".format(os.environ.get("TORCHELASTIC_RUN_ID"), os.uname().nodename, os.getppid())
 PLACES = ("resume", "pretrained", "output_dir", "log_dir", "log_id")  # options that may always differ from the file's
 
 
 def keep_previous(path):
-    """Rename what is at `path`, if anything, to <path>.prev-<time>, and return its new name, else None."""
+    """Rename what is at `path`, if anything, to <path>.prev-<time>; return its new name, or None."""
     kept = path + time.strftime(".prev-%Y%m%d-%H%M%S")
     while os.path.lexists(kept):
         kept += "x"
-    if not os.path.lexists(path):
-        return None
-    os.rename(path, kept)
-    return kept
-
-
-def _lock(folder):
-    """Hold `folder` until this process ends; raise BlockingIOError where another one has it.
-
-    A run that was killed a moment ago may hold it a little longer.
-    """
-    handle, deadline = os.open(folder, os.O_RDONLY), time.time() + 5  # never closed: that would end the lock
-    while True:
-        try:
-            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.time() > deadline:
-                raise
-            time.sleep(0.1)
-        except OSError:
-            return None  # this file system has no locks
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(path, kept)
+        return kept
 
 
 @contextlib.contextmanager
-def _temporary(path):
-    """Yield the name of a file that is to replace `path`; if it is still there in the end, it is removed."""
+def _replacing(path, data=None):
+    """Yield the name of a file, of `data` if given, that takes the place of `path` when the caller has done with it."""
     name = "{}.tmp-{}".format(path, os.getpid())
     try:
+        if data is not None:
+            with open(name, "xb") as file:  # never through a link that lies there
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
         yield name
+        os.replace(name, path)
+        with contextlib.suppress(OSError):  # where the file system can: else a power failure may undo it
+            folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(name)
 
 
-def _sync(path):
-    """Wait until the file or folder `path` is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _write_new(path, data):
-    with open(path, "xb") as file:  # never through a link that lies there
-        file.write(data)
-    _sync(path)
-
-
 def write_atomic(path, data):
     """Replace the file `path` by the bytes `data`, whole or not at all; raises OSError."""
-    with _temporary(path) as temporary:
-        _write_new(temporary, data)
-        os.replace(temporary, path)
-    _sync(os.path.dirname(os.path.abspath(path)))
+    with _replacing(path, data):
+        pass
 
 
 def _link(source, target):
     """Replace `target` by a second name of the file `source`, or by a copy where the file system has no links."""
-    with _temporary(target) as temporary:
-        try:
+    try:
+        with _replacing(target) as temporary:
             os.link(source, temporary)
+    except OSError:
+        with open(source, "rb") as file:
+            write_atomic(target, file.read())
+
+
+def _lock(folder):
+    """Hold `folder` until this process ends. A run that was killed a moment ago may hold it a little longer."""
+    handle = os.open(folder, os.O_RDONLY)  # never closed: that would end the lock
+    for _ in range(50):
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.1)
         except OSError:
-            with open(source, "rb") as file:
-                _write_new(temporary, file.read())
-        os.replace(temporary, target)
+            return None  # this file system has no locks
+    raise UserError("another run writes its checkpoints to {}: give this one another --output-dir".format(folder))
 
 
 def load(parser, argv, args, architectures, network_options, folder):
-    """Read the file of `--resume` or `--pretrained`; where the command line is silent, it decides about the network.
+    """Return (args, content): the options, and what the file of `--resume` or `--pretrained` holds, None without one.
 
-    `auto` is the newest valid checkpoint of `--output-dir` or `folder`. Ranks that torch's elastic launcher has started
-    again take the newest that this run has written. Every rank chooses by itself.
-
-    `args` is what `arguments.parse(parser, argv)` returned; the defaults of `parser` change. `--arch` has to be one of
-    `architectures`; `network_options` are attributes of `args` without which the weights mean another network.
-
-    Return (args, content): new options, with `resume` a path or None, and what the file holds, None without one. Raise
-    UserError where the file cannot be used, or the command line of a resumed training contradicts it.
+    Where `argv` is silent the file decides about `--arch` and `network_options`. Raises UserError where the file cannot
+    be used, or `argv` contradicts it and the training goes on.
     """
-    is_auto, content, notices = args.resume == "auto", None, []
-    path, trains = None if is_auto else args.resume, not (args.evaluate or args.export or args.predict)
-    if is_auto or (trains and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"):
-        folder = os.path.abspath(args.output_dir or folder)
-        newest, content = _newest(folder, notices, None if is_auto else RUN)
-        path = newest or path
-        if path is None:
-            notices.append("no checkpoint to go on from in {}: starting afresh".format(folder))
+    notices, trains = [], not (args.evaluate or args.export or args.predict)
+    path, content = _find_resumed(args, trains, os.path.abspath(args.output_dir or folder), notices)
     resume = path or (None if trains else args.pretrained)  # a network that is only used keeps its head
-    path = path or args.pretrained
-    if path and content is None:
-        content = read(path)
-    if path and isinstance(content.get("arch"), str) and isinstance(content.get("args"), dict):  # a bundle wrote it
-        if content["arch"] not in architectures:
-            raise UserError("{} is of {}, which this bundle does not have".format(path, content["arch"]))
+    if path is None and args.pretrained:
+        path, content = args.pretrained, read(args.pretrained)
+    if path and isinstance(content.get("args"), dict) and content.get("arch") in architectures:  # this bundle wrote it
         names = ["arch", *network_options] + ["num_classes"] * bool(resume)
-        known = {name: value for name, value in dict(content["args"], arch=content["arch"]).items() if name in names}
+        recorded = dict(content["args"], arch=content["arch"])
+        known = {name: recorded[name] for name in names if name in recorded}
         parser.set_defaults(**known)
         before, args = args, arguments.parse(parser, argv)
         for name, value in known.items():
@@ -139,22 +113,28 @@ def load(parser, argv, args, architectures, network_options, folder):
     return argparse.Namespace(**dict(vars(args), resume=resume, notices=args.notices + notices)), content
 
 
-def _newest(folder, notices, run):
-    """Return (path, content) of the newest valid checkpoint in `folder` (with `run`: of that run), or (None, None)."""
-    damaged = []
-    for name in [name for name in NAMES if os.path.isfile(os.path.join(folder, name))]:
+def _find_resumed(args, trains, folder, notices):
+    """Return (path, content) of the file to go on from, or (None, None).
+
+    `--resume auto` is the newest valid checkpoint in `folder`; ranks that torch's launcher has started again take the
+    newest of their run.
+    """
+    is_auto = args.resume == "auto"
+    is_restart = trains and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    for name in NAMES if is_auto or is_restart else ():
+        path = os.path.join(folder, name)
         try:
-            content = read(os.path.join(folder, name))
+            content = read(path) if os.path.isfile(path) else None
+            if content and (is_auto or RUN in content.get("run", ())):
+                return path, content
         except UserError as error:
-            notices.append("[Warning] {}".format(error))
-            damaged.append(name)
-            continue
-        if run is None or run in (content.get("run") or ()):
-            if damaged:
-                notices.append("[Warning] going on from {} instead of {}".format(name, damaged[0]))
-            return os.path.join(folder, name), content
-    if damaged and run is None:
-        raise UserError("no valid checkpoint in {}; move {} away to start afresh".format(folder, ", ".join(damaged)))
+            notices.append("[Warning] {}: going on from an older one".format(error))
+    if is_auto and notices:
+        raise UserError("no valid checkpoint in {}; move the damaged ones away to start afresh".format(folder))
+    if args.resume and not is_auto:
+        return args.resume, read(args.resume)
+    if is_auto or is_restart:
+        notices.append("no checkpoint to go on from in {}: starting afresh".format(folder))
     return None, None
 
 
@@ -162,85 +142,87 @@ class Checkpoints:
     """The checkpoints of a run, and where it stands: in `epoch`, from 0, of whose order `samples` are done."""
 
     def __init__(self, card, args, log, folder, parts, metadata):
-        """Check that rank 0 can write to `folder`, and remove what a killed run left half-written.
+        """Make sure that rank 0, and no other run, can write to `folder`; raises UserError.
 
         The files carry the states of `parts` ("state_dict": the model, "optimizer", "precision", "log", ...), the plain
-        values of `metadata` ("classes", and "order": `Loader.order_facts`), and `args`. Raises UserError where the
-        folder cannot be written, another run writes to it, or only some ranks have a file to resume.
+        values of `metadata` ("classes", and "order": `Loader.order_facts`), and `args`.
         """
         self._ranks, self._args, self._log, self._parts = card.ranks, args, log, parts
-        self.folder, self.epoch, self.samples, self._steps, self._saved = os.path.abspath(folder), 0, 0, 0, (0, 0)
-        self._check_same(bool(args.resume))
+        self._folder, self.epoch, self.samples, self._steps, self._saved = os.path.abspath(folder), 0, 0, 0, (0, 0)
         runs = sorted(set(self._ranks.all_gather(RUN)))
         self._metadata = dict(metadata, arch=args.arch, args=arguments.as_dict(args), run=runs)
-        self._last, self._previous, self._best = files = [os.path.join(self.folder, name) for name in NAMES]
+        self._last, self._previous, self._best = files = [os.path.join(self._folder, name) for name in NAMES]
         # The file that is resumed and older ones are this run's own; newer ones, and another run's, will be renamed.
         resumed = os.path.abspath(args.resume or "")
         self._foreign = files[: files.index(resumed)] if resumed in files else files
         self._writes = card.ranks.is_rank0 and not args.no_save
-        if self._writes:
-            self._prepare_folder(files)
         log.when_stopped(self._stop)
-
-    def _check_same(self, value):
-        if any(other != value for other in self._ranks.all_gather(value)):
-            raise UserError("the ranks resume different files: give each node what is in {}".format(self.folder))
-
-    def _prepare_folder(self, files):
         try:
-            os.makedirs(self.folder, exist_ok=True)
-            _lock(self.folder)
-            for path in files:
-                for stale in glob.glob(glob.escape(path) + ".tmp-*"):
+            if self._writes:
+                os.makedirs(self._folder, exist_ok=True)
+                _lock(self._folder)
+                for stale in [stale for path in files for stale in glob.glob(glob.escape(path) + ".tmp-*")]:
                     os.remove(stale)
-            with tempfile.TemporaryFile(dir=self.folder):
-                pass
-        except BlockingIOError:
-            text = "another run writes its checkpoints to {}: give this one another --output-dir"
-            raise UserError(text.format(self.folder)) from None
+                tempfile.TemporaryFile(dir=self._folder).close()
         except OSError as error:
-            raise UserError("checkpoints cannot be written to {}: {}".format(self.folder, error.strerror)) from None
+            raise UserError("checkpoints cannot be written to {}: {}".format(self._folder, error.strerror)) from None
 
-    def resume(self, content, path):
-        """Take everything from `content`, which `read(path)` returned, and go on where it stopped.
+    def resume(self, content):
+        """Go on where `content`, which the file of `--resume` holds, stopped; without `--resume` start afresh.
 
-        Raises UserError where it is no whole checkpoint, has other classes, or stands within an epoch of another order.
+        Raises UserError where it is no whole checkpoint, has other classes, or stands within an epoch of another order,
+        and where the ranks do not go on from the same step.
         """
-        old, new = content.get("order", {}), self._metadata["order"]
+        if self._args.resume:
+            self._restore(content, self._args.resume)
+        position = [self.epoch, self.samples]
+        if any(other != position for other in self._ranks.all_gather(position)):
+            raise UserError("the ranks resume different files: give each node what is in {}".format(self._folder))
+
+    def _restore(self, content, path):
         missing = [name for name in ("epoch", "samples", *self._parts) if name not in content]
         if missing:
-            text = "{} has no {}: it cannot be resumed; --pretrained takes its weights"
-            raise UserError(text.format(path, ", ".join(missing)))
-        self.epoch, self.samples = self._saved = content["epoch"], content["samples"]
-        self._check_same(list(self._saved))
+            raise UserError("{} has no {}: --pretrained takes its weights".format(path, ", ".join(missing)))
         if content.get("classes") != self._metadata["classes"]:
             raise UserError("{} was trained on other classes: --pretrained takes its weights".format(path))
+        self.epoch, self.samples = self._saved = content["epoch"], content["samples"]
+        old, new = content.get("order", {}), self._metadata["order"]
         changed = _differences(old, new)
-        if changed and self.samples == old["images"] > 0:
+        if changed and self.samples:
+            if self.samples != old["images"]:
+                text = "{} stands within an epoch whose samples came in another order ({}): keep --seed and train/"
+                raise UserError(text.format(path, changed))
             self.samples = new["images"]  # the epoch is done
-        elif changed and self.samples:
-            text = "{} stands within an epoch whose samples came in another order ({}): go on with the same --seed and "
-            raise UserError(text.format(path, changed) + "train/, or start another run with --pretrained")
         for name, part in self._parts.items():
             try:
                 part.load_state_dict(_with_options_of(part, content[name]))
             except Exception as error:  # each part complains in its own way
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise UserError("{} cannot be resumed: its {} does not fit ({})".format(path, name, reason)) from None
+        for model, values in zip(self._models(), content.get("rank_buffers", ())):
+            if len(values) == self._ranks.world_size:
+                set_buffers(model, values[self._ranks.rank])
         self._log.last_checkpoint = path
         self._log.line("resumed {}: epoch {}, {} samples done".format(path, self.epoch, self.samples))
         changed = _differences(dict(content.get("args", {}), **old), dict(self._metadata["args"], **new))
         if changed:
             self._log.line("other options than the checkpoint's run: {}".format(changed))
 
+    def _models(self):
+        parts = [getattr(part, "model", part) for part in self._parts.values()]
+        return [part for part in parts if isinstance(part, torch.nn.Module)]
+
     def after_step(self, batch, stop_signal):
         """Note that `batch` (a `data.Batch`) is done; save for `--save-steps`; for a signal save and raise Stopped."""
+        if not batch.ends_step:
+            return
         self.samples, self._steps = batch.samples, self._steps + 1
         if self._args.save_steps and self._steps % self._args.save_steps == 0:
             self._save()
         if stop_signal:
-            self._stop(stop_signal)
-            self._ranks.barrier()  # the launcher ends all ranks when one has ended
+            self._stop(stop_signal, is_alone=False)
+            with contextlib.suppress(RuntimeError):  # of torch 1.8: the store ends with rank 0
+                self._ranks.all_gather("saved")  # the launcher ends all ranks when one has ended
             raise Stopped(stop_signal)
 
     def before_evaluation(self):
@@ -255,14 +237,18 @@ class Checkpoints:
             self.epoch, self.samples, self._steps = self.epoch + 1, 0, 0
         self._save(best=acc1 is not None and acc1 >= self._log.best_acc1)
 
-    def _stop(self, signum):
-        self._save()
+    def _stop(self, signum, is_alone=True):
+        self._save(is_alone=is_alone)
         saved, name = self._log.last_checkpoint, signal.Signals(signum).name
         where = "--resume {} goes on from there".format(saved) if saved else "nothing was saved"
         self._log.line("{} in epoch {}, {} samples done: {}".format(name, self.epoch, self.samples, where))
 
-    def _save(self, best=False):
-        """Write the last checkpoint, on rank 0, unless nothing has changed since; with `best` also the best one."""
+    def _save(self, best=False, is_alone=False):
+        """Write the last checkpoint, on rank 0, unless nothing has changed since; with `best` also the best one.
+
+        `is_alone`: the other ranks are elsewhere, and do not give the BatchNorm statistics with which they would go on.
+        """
+        buffers = [] if is_alone else [self._ranks.gather_buffers(model) for model in self._models()]
         position = self.epoch, self.samples
         if not self._writes or (position == self._saved and not best):
             return
@@ -270,35 +256,29 @@ class Checkpoints:
             state = {name: on_cpu(part.state_dict()) for name, part in self._parts.items()}
             if not all(torch.isfinite(t).all() for t in state["state_dict"].values() if t.is_floating_point()):
                 text = "the weights are not finite numbers and are not saved (the last checkpoint: {}). Try a lower "
-                text += "learning rate, a longer warm-up, or --opt-level O0"
-                raise UserError(text.format(self._log.last_checkpoint))
+                raise UserError((text + "learning rate, or --opt-level O0").format(self._log.last_checkpoint))
             state.update(self._metadata, epoch=self.epoch, samples=self.samples, best_acc1=self._log.best_acc1)
+            state["rank_buffers"] = [on_cpu(values) for values in buffers if values]
             data = io.BytesIO()
             torch.save(state, data)
             try:
                 self._replace_files(data.getbuffer(), best)
             except OSError as error:
-                text = "no checkpoint could be written to {}: {}; the files there are as they were"
-                text = text.format(self.folder, error.strerror or error)
+                text = "no checkpoint could be written to {}: {}".format(self._folder, error.strerror or error)
                 if self._args.on_save_error == "stop":
                     raise UserError(text + " (--on-save-error continue trains on)") from None
                 return self._log.line("[Warning] {}, training goes on".format(text))
         self._saved, self._log.last_checkpoint = position, self._last
 
     def _replace_files(self, data, best):
-        with _temporary(self._last) as temporary:
-            _write_new(temporary, data)
-            for path in self._foreign:
-                kept = keep_previous(path)
-                if kept:
-                    self._log.line("{} of an earlier run is kept as {}".format(path, os.path.basename(kept)))
+        with _replacing(self._last, data) as temporary:
+            for kept in filter(None, map(keep_previous, self._foreign)):
+                self._log.line("a checkpoint of an earlier run is kept as {}".format(kept))
             self._foreign = ()
             if best:  # first: after a kill in between, the epoch that the last one repeats writes it again
                 _link(temporary, self._best)
             if os.path.isfile(self._last):
                 _link(self._last, self._previous)
-            os.replace(temporary, self._last)
-        _sync(self.folder)
 
 
 def _differences(old, new):
@@ -309,12 +289,11 @@ def _differences(old, new):
 
 def _with_options_of(part, state):
     """Return an optimizer's `state` with the options that `part` has here: the command line's, and this device's."""
-    groups = getattr(part, "param_groups", ())
-    if len(groups) == 0 or len(groups) != len(state["param_groups"]):
+    groups = getattr(part, "param_groups", None)
+    if not groups:
         return state
-    saved = [group["params"] for group in state["param_groups"]]
-    state = dict(state, param_groups=[dict(group, params=params) for group, params in zip(groups, saved)])
+    kept = [dict(group, params=saved["params"]) for group, saved in zip(groups, state["param_groups"])]
+    state = dict(state, param_groups=kept)
     if "foreach" not in groups[0]:  # old torch, whose steps are plain numbers; newer ones make tensors of them
-        plain = {n: dict(s, step=int(s["step"])) if "step" in s else s for n, s in state["state"].items()}
-        state.update(state=plain)
+        state["state"] = {n: dict(s, step=int(s["step"])) if "step" in s else s for n, s in state["state"].items()}
     return state

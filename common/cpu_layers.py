@@ -1,31 +1,28 @@
-"""Depthwise and 1x1 convolutions for training on a CPU in bfloat16, in plain torch, faster than oneDNN's."""
+"""Convolutions for mixed precision in plain torch: depthwise and 1x1 on a CPU, 1x1 along rows or columns on CUDA."""
 
 import torch
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_weight
 
 
-def convert_layers(model):
-    """Return `model` with faster convolutions in place of those that have a faster form.
-
-    As with `torch.nn.SyncBatchNorm.convert_sync_batchnorm`, names and keys of the state_dict stay; parameters and hooks
-    are the same objects.
-    """
-    kind = _faster_kind(model)
+def convert_layers(model, device="cpu"):
+    """Return `model` with faster convolutions for `device`; parameters, hooks and state_dict keys stay."""
+    kind = _faster_kind(model, device)
     if kind is not None:
         layer, model = model, kind.__new__(kind)
         vars(model).update(vars(layer))
     for name, child in model.named_children():
-        model.add_module(name, convert_layers(child))
+        model.add_module(name, convert_layers(child, device))
     return model
 
 
-def _faster_kind(layer):
-    if type(layer) is not torch.nn.Conv2d:
+def _faster_kind(layer, device):
+    if type(layer) is not torch.nn.Conv2d or not hasattr(torch, "get_autocast_dtype"):  # torch 2.4
         return None
     size, channels, padding = layer.kernel_size, layer.in_channels, layer.padding
     if size == (1, 1) and layer.groups == 1 and padding == (0, 0):
         return PointwiseConv2d
-    is_depthwise = layer.groups == channels == layer.out_channels and layer.bias is None
+    is_depthwise = device == "cpu" and layer.groups == channels == layer.out_channels and layer.bias is None
     is_usual = size in ((3, 3), (5, 5), (7, 7)) and layer.stride in ((1, 1), (2, 2)) and layer.dilation == (1, 1)
     pads_zeros = layer.padding_mode == "zeros" and padding in [(n, n) for n in range(size[0])]
     return DepthwiseConv2d if is_depthwise and is_usual and pads_zeros else None
@@ -77,38 +74,29 @@ class DepthwiseFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
+        (images, weight), stride, padding = ctx.saved_tensors, ctx.stride, ctx.padding
         gradient = gradient.contiguous(memory_format=torch.channels_last)
-        arguments = gradient, *ctx.saved_tensors, ctx.stride, ctx.padding
-        images_gradient = _images_gradient(*arguments) if ctx.needs_input_grad[0] else None
-        weight_gradient = _weight_gradient(*arguments) if ctx.needs_input_grad[1] else None
+        weight_gradient = _weight_gradient(gradient, images, weight, stride, padding)
+        inner = weight.shape[-1] - 1
+        if stride > 1:  # zeros between the pixels
+            height, width = (side + 2 * padding - inner for side in images.shape[2:])
+            spread = gradient.new_zeros(len(gradient), height, width, len(weight)).permute(0, 3, 1, 2)
+            spread[:, :, ::stride, ::stride] = gradient
+            gradient = spread
+        # A forward convolution with the flipped kernel is faster than oneDNN's gradient of the images.
+        images_gradient = F.conv2d(gradient, weight.flip(2, 3), padding=inner - padding, groups=len(weight))
         return images_gradient, weight_gradient, None, None
-
-
-def _images_gradient(gradient, images, weight, stride, padding):
-    """Return it as a forward convolution with the flipped kernel; at stride 2, zeros are between the pixels."""
-    inner = weight.shape[-1] - 1
-    if stride > 1:
-        height, width = (side + 2 * padding - inner for side in images.shape[2:])
-        spread = gradient.new_zeros(len(gradient), height, width, len(weight)).permute(0, 3, 1, 2)
-        spread[:, :, ::stride, ::stride] = gradient
-        gradient = spread
-    return F.conv2d(gradient, weight.flip(2, 3), padding=inner - padding, groups=len(weight))
 
 
 def _weight_gradient(gradient, images, weight, stride, padding):
     """Return it from pieces of three columns: oneDNN is fast up to that width, where the map is no smaller."""
-    kernel = weight.shape[-1]
+    channels, _, kernel, _ = weight.shape
     if kernel <= min(3, *images.shape[2:]):
-        return _of_torch(gradient, images, weight, stride, [padding] * 2)
+        return conv2d_weight(images, weight.shape, gradient, stride, padding, groups=channels)
     result, width = torch.empty_like(weight), (gradient.shape[-1] - 1) * stride + 3
     for left in range(0, kernel - 2, 2):
         # The columns that the piece sees, filled up with zeros.
         part = F.pad(images, (padding - left, width + left - padding - images.shape[-1]))
-        piece = weight[..., left : left + 3].contiguous()
-        result[..., left : left + 3] = _of_torch(gradient, part, piece, stride, [padding, 0])
+        piece = conv2d_weight(part, (channels, 1, kernel, 3), gradient, stride, (padding, 0), groups=channels)
+        result[..., left : left + 3] = piece
     return result
-
-
-def _of_torch(gradient, images, weight, stride, padding):
-    options = [stride] * 2, padding, [1, 1], False, [0, 0], len(weight), [False, True, False]
-    return torch.ops.aten.convolution_backward(gradient, images, weight, None, *options)[1]

@@ -1,15 +1,19 @@
-"""The device of this process: which card it is, seeds, memory layout, the form of the optimizer."""
+"""The device of this process: which card it is, seeds, memory layout, the form of the optimizer, a profile."""
 
 import contextlib
+import csv
 import ctypes
-import inspect
+import glob
+import itertools
 import math
 import os
 import platform
 import random
+import re
 import resource
 import shutil
 import sys
+from collections import Counter
 from importlib.util import find_spec
 
 import numpy as np
@@ -39,71 +43,69 @@ def choose_type(name):
 
 def _card_ids(args):
     ids, world = distributed.card_ids(args), distributed.Ranks().local_world_size
-    is_by_torchrun = distributed.is_distributed() and len(ids) != world  # which said how many there are
-    return list(range(world)) if is_by_torchrun else ids
+    # The user's torchrun has said how many ranks there are.
+    return list(range(world)) if distributed.is_distributed() and len(ids) != world else ids
 
 
 def check(args):
     """Raise UserError where the device of type `args.device` has too few cards or cannot do what other options want."""
-    if args.fused_optimizer and args.device != "npu":
-        raise UserError("--fused-optimizer is the NPU's; on {} torch's own is fused already".format(args.device))
-    if args.compile:
-        _check_compiler(args.device)
-    last, count = max(_card_ids(args)), math.inf if args.device == "cpu" else getattr(torch, args.device).device_count()
+    kind = args.device
+    if kind == "npu":
+        npu.check(args)
+    elif (args.jit_compile, args.internal_format) != ("auto", "auto"):
+        raise UserError("--jit-compile and --internal-format are the NPU's; this device is {}".format(kind))
+    profile = getattr(getattr(torch, "profiler", None), "profile", None)  # torch 1.8's, without start, takes minutes
+    for option, place, name in (("compile", torch, "compile"), ("profile", profile, "start")):
+        if getattr(args, option) and not hasattr(place, name):
+            raise UserError("--{}: torch {} does not have it".format(option, torch.__version__))
+    compiler = {"cuda": find_spec("triton"), "cpu": shutil.which(os.environ.get("CXX", "g++"))}.get(kind, True)
+    if args.compile and not compiler:
+        raise UserError("--compile needs a C++ compiler on a CPU (g++ or $CXX), on CUDA triton")
+    last, count = max(_card_ids(args)), math.inf if kind == "cpu" else getattr(torch, kind).device_count()
     if last >= count:  # the same on all ranks: the first one says it
-        visible = npu.visible_devices() if args.device == "npu" else ""
-        text = "card {} was asked for, this machine has {} (0 to {}){}"
-        raise UserError(text.format(last, count, count - 1, visible))
+        text = "card {} was asked for, this machine has {} (0 to {}); {}_VISIBLE_DEVICES numbers those it names from 0"
+        raise UserError(text.format(last, count, count - 1, "ASCEND_RT" if kind == "npu" else "CUDA"))
 
 
 class Device:
-    """One process's card and its place among the ranks.
+    """One process's card: `type` is "npu", "cuda" or "cpu", `module` is `torch.npu`, `torch.cuda` or None.
 
-    Attributes:
-        type: "npu", "cuda" or "cpu"; module: `torch.npu`, `torch.cuda` or None.
-        torch_device: the `torch.device` to put tensors on; name: what the card or processor calls itself.
-        ranks: the `common.distributed.Ranks` of this process.
-        channels_last: whether convolutions are faster on NHWC memory, an error on NPU; compiles: with `--compile`.
-        notices: lines for the log: what was chosen for the user.
+    `channels_last`: whether images and weights have NHWC memory, where convolutions are faster (an error on NPU).
     """
 
     def __init__(self, args):
         """Take this rank's card, join the ranks, seed everything; raise UserError where one of them fails."""
-        self.type, self.ranks, self.notices = choose_type(args.device), distributed.Ranks(), []
+        self.type, self.ranks, self._copies = args.device, distributed.Ranks(), None
+        self.cores = len(os.sched_getaffinity(0))  # of all ranks of this node; torch_npu may bind this one to some
         self.module = None if self.type == "cpu" else getattr(torch, self.type)
-        self.channels_last = self.type != "npu" and args.memory_format == "auto"
-        self._fused_optimizer, self.compiles = args.fused_optimizer, args.compile
+        self.channels_last, self._args = self.type != "npu" and args.memory_format == "auto", args
         if self.module is None:
-            self.torch_device, self.name = torch.device("cpu"), processor_name()
+            self.torch_device, self.name = torch.device("cpu"), processor()[0]
             keep_freed_memory()
             self._share_cores()
         else:
-            self._take_card(_card_ids(args)[self.ranks.local_rank], args.jit_compile)
-        if hasattr(torch.backends.cuda, "matmul"):  # float32 is float32: a card's TF32 has ten bits of it
+            self.torch_device = torch.device(self.type, _card_ids(args)[self.ranks.local_rank])
+            self.module.set_device(self.torch_device)
+            if self.type == "npu":
+                npu.set_up(self.module, args)
+            self.name = getattr(self.module, "get_device_name", str)(self.torch_device)  # not in torch 1.5 for NPUs
+            with contextlib.suppress(AttributeError, RuntimeError):  # old versions: no streams, or no pinned memory
+                torch.zeros(1).pin_memory()
+                self._copies = self.module.Stream()
+        if hasattr(torch.backends.cuda, "matmul"):  # float32 is float32; mixed precision leaves no product to TF32
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        backend = args.dist_backend or {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}[self.type]
-        self.ranks.join(backend)
+        # cuDNN tries its algorithms: half a minute, then faster steps.
+        torch.backends.cudnn.benchmark = not (args.evaluate or args.export or args.predict)
+        self.ranks.join(args.dist_backend or {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}[self.type])
         seed_everything(args.seed)
-
-    def _take_card(self, number, jit_compile):
-        self.torch_device = torch.device(self.type, number)
-        self.module.set_device(self.torch_device)
-        if self.type == "npu":
-            npu.set_up(self.module, jit_compile)
-        self.name = getattr(self.module, "get_device_name", str)(self.torch_device)  # torch 1.5 has no names of NPUs
-        self._copies = None
-        with contextlib.suppress(AttributeError, RuntimeError):  # old versions have no streams, or no pinned memory
-            torch.zeros(1).pin_memory()
-            self._copies = self.module.Stream()
 
     def _share_cores(self):
         """Give each rank of a CPU job its own cores, where there are enough."""
         world, rank = self.ranks.local_world_size, self.ranks.local_rank
-        if world > 1 and hasattr(os, "sched_getaffinity"):
+        if world > 1:
             cores = sorted(os.sched_getaffinity(0))
             share = len(cores) // world
-            if share:
-                os.sched_setaffinity(0, cores[rank * share : (rank + 1) * share])
+            os.sched_setaffinity(0, cores[rank * share : (rank + 1) * share] or cores)
             torch.set_num_threads(max(1, share))
 
     def synchronize(self):
@@ -117,60 +119,102 @@ class Device:
             return self.module.max_memory_allocated() / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
-    def benchmark(self, wanted):
-        """Have cuDNN try its algorithms for each shape; raise UserError if that is `wanted` without cuDNN."""
-        if wanted and self.type != "cuda":
-            raise UserError("--benchmark 1 is for CUDA; {} has no algorithms to try".format(self.type))
-        torch.backends.cudnn.benchmark = bool(wanted)
-
     def prepare(self, item):
         """Return `item` (a model, or a batch of images) on the device, in the layout that its convolutions like."""
         item = item.to(self.torch_device)
         return item.to(memory_format=torch.channels_last) if self.channels_last else item
 
-    def upload(self, tensor):
-        """Return a copy on the device of a `tensor` in memory, made while the device goes on with earlier work."""
-        if self.module is None or self._copies is None:
-            return tensor.to(self.torch_device, copy=True)
+    def upload(self, *tensors):
+        """Start to copy `tensors` in memory to the device, beside its other work; return a function for the copies.
+
+        The device waits for the copies when that function is called, not before.
+        """
+        if self._copies is None:
+            copies = [tensor.to(self.torch_device, copy=True) for tensor in tensors]
+            return lambda: copies
         with self.module.stream(self._copies):
-            copy = tensor.pin_memory().to(self.torch_device, non_blocking=True)
-        stream = self.module.current_stream()
-        stream.wait_stream(self._copies)
-        copy.record_stream(stream)  # its memory is not given away before what is queued has read it
-        return copy
+            copies = [tensor.pin_memory().to(self.torch_device, non_blocking=True) for tensor in tensors]
+
+        def receive():
+            stream = self.module.current_stream()
+            stream.wait_stream(self._copies)
+            for copy in copies:
+                copy.record_stream(stream)  # its memory is not given away before what is queued has read it
+            return copies
+
+        return receive
 
     def parallel(self, model):
         """Return `model` wrapped for several ranks and compiled, for training; BatchNorm's buffers stay local."""
         if self.ranks.world_size > 1:
-            wrapper = torch.nn.parallel.DistributedDataParallel
-            newer = "forward_sync_buffers" in inspect.signature(wrapper.__init__).parameters
-            stay_local = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
             device_ids = None if self.module is None else [self.torch_device.index]
-            model = wrapper(model, device_ids=device_ids, **stay_local)
-        return torch.compile(model) if self.compiles else model
+            own = [buffer.clone() for buffer in model.buffers()]
+            model = torch.nn.parallel.DistributedDataParallel(model, device_ids=device_ids)
+            model.broadcast_buffers = False  # as an argument torch 2.13 warns of it, and older versions need it
+            for buffer, values in zip(model.buffers(), own):  # which a resume has set, and rank 0's have replaced
+                buffer.copy_(values)
+        if not self._args.compile:
+            return model
+        options = npu.compile_options if self.type == "npu" else lambda mode: {"mode": mode}
+        return torch.compile(model, **options(self._args.compile))
 
     def optimizer(self, kind, params, **options):
-        """Return the optimizer `kind` ("SGD" or "AdamW") of `params` in the fastest form of torch's own result."""
-        if self._fused_optimizer:
-            return npu.fused_optimizer(kind)(params, **options)
-        params = list(params)  # several attempts would use a generator up
-        # Unless told, torch_npu queries the card for foreach, also where there is none.
-        for form in {"npu": (), "cuda": ({"fused": True},), "cpu": ({"fused": True}, {"foreach": False})}[self.type]:
+        """Return the optimizer `kind` of torch ("SGD", ...) of `params` in the fastest form that has its results.
+
+        `--fused-optimizer` may ask for another form; raises UserError where there is none.
+        """
+        wanted, params = self._args.fused_optimizer, list(params)  # two attempts would use a generator up
+        if self.type == "npu":
+            if wanted == "on" or (wanted == "auto" and npu.prefers_fused(self.module, kind)):
+                return npu.fused_optimizer(kind)(params, **options)
+        elif wanted != "off":
             # An optimizer writes its options into the groups, also when it then refuses them.
             groups = [dict(item) if isinstance(item, dict) else item for item in params]
-            with contextlib.suppress(TypeError, RuntimeError):  # not in this torch, or not for this device
-                return getattr(torch.optim, kind)(groups, **form, **options)
+            try:
+                return getattr(torch.optim, kind)(groups, fused=True, **options)
+            except (TypeError, RuntimeError) as error:  # not in this torch, or not for this device
+                if wanted == "on":
+                    raise UserError("--fused-optimizer on: {}".format(str(error).splitlines()[0])) from None
         return getattr(torch.optim, kind)(params, **options)
 
+    def profile(self, batches, end, steps, args, log):
+        """Yield `batches`, and record the `steps` before step number `end` of the run: a trace, and lines of `log`."""
+        batches, is_npu = iter(batches), self.type == "npu"
+        folder = args.log_dir or args.output_dir or os.getcwd()
+        yield from itertools.islice(batches, (end - steps) * args.accumulate)
+        profiler = sys.modules["torch_npu" if is_npu else "torch"].profiler
+        recording = contextlib.ExitStack()
+        run = recording.enter_context(profiler.profile(on_trace_ready=profiler.tensorboard_trace_handler(folder)))
+        yield from itertools.islice(batches, steps * args.accumulate)
+        with log.paused():
+            recording.close()
+            pattern = "*_ascend_pt/ASCEND_PROFILER_OUTPUT/trace_view.json" if is_npu else "*.pt.trace.json"
+            traces = glob.glob(os.path.join(glob.escape(folder), pattern))
+            if traces:
+                path, device, host = max(traces, key=os.path.getmtime), Counter(), Counter()
+                for name, on_device, on_host in _npu_operators(path) if is_npu else _operators(run):
+                    device[name] += float(on_device)
+                    host[name] += float(on_host)
+                times = device if any(device.values()) else host  # as on a CPU
+                shares = [(name, 100 * time / sum(times.values())) for name, time in times.most_common(5)]
+                log.line("profile of {} steps: https://ui.perfetto.dev opens {}".format(steps, path))
+                log.line("largest operators: " + ", ".join("{} {:.1f} %".format(*share) for share in shares))
+            else:
+                log.line("[Warning] --profile: the profiler has written nothing to {}".format(folder))
+        yield from batches
 
-def _check_compiler(kind):
-    """Raise UserError where torch.compile cannot work, as far as can be known without trying."""
-    if kind == "npu" or not hasattr(torch, "compile"):
-        raise UserError("--compile is for CUDA and CPU and torch 2; on an NPU --jit-compile on compiles operators")
-    if kind == "cuda" and find_spec("triton") is None:
-        raise UserError("--compile needs triton: pip install triton")
-    if kind == "cpu" and not any(map(shutil.which, [os.environ.get("CXX", "g++"), "clang++"])):
-        raise UserError("--compile needs a C++ compiler on a CPU, such as g++")
+
+def _operators(run):
+    """Return (name, us on the device, us on the host) of what torch's profiler has recorded."""
+    events = [event for event in run.key_averages() if "CUDA" not in str(getattr(event, "device_type", ""))]  # kernels
+    old = "self_cuda_time_total"  # as torch before 2.4 calls it
+    return [(e.key, getattr(e, "self_device_time_total", getattr(e, old, 0)), e.self_cpu_time_total) for e in events]
+
+
+def _npu_operators(trace):
+    with open(os.path.join(os.path.dirname(trace), "operator_details.csv"), encoding="utf-8") as file:
+        names = ("Name", "Device Self Duration(us)", "Host Self Duration(us)")
+        return [[row[name] for name in names] for row in csv.DictReader(file)]
 
 
 def keep_freed_memory():
@@ -181,21 +225,15 @@ def keep_freed_memory():
         mallopt(mmap_max, 0)
 
 
-def _processor(*keys):
-    """Return the value of the first line of /proc/cpuinfo that begins with one of `keys`, or an empty string."""
+def processor():
+    """Return the processor's name, and whether it multiplies bfloat16 in hardware: elsewhere float32 is faster."""
+    text = ""
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        return next((line.partition(":")[2].strip() for line in file if line.startswith(keys)), "")
-    return ""
-
-
-def processor_name():
-    """Return the processor's model name."""
-    return _processor("model name") or platform.machine()
-
-
-def has_fast_bfloat16():
-    """Return whether the processor multiplies bfloat16 in hardware; elsewhere it is slower than float32."""
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(_processor("flags", "Features").split())
+        text = file.read(8192)  # the first core
+    name = re.search("^model name.*: (.+)", text, re.MULTILINE)
+    is_kunpeng = re.search(r"^CPU implementer\s*: 0x48$", text, re.MULTILINE)  # HiSilicon gives no name
+    machine = "Kunpeng (aarch64)" if is_kunpeng else platform.machine()
+    return name.group(1) if name else machine, bool(re.search(r"\b(avx512_|amx_)?bf16\b", text))
 
 
 def seed_everything(seed, *position):
@@ -208,11 +246,3 @@ def seed_everything(seed, *position):
     for backend in (torch.cuda, getattr(torch, "npu", None)):  # torch.manual_seed is slow without a card: 90 us
         if hasattr(backend, "is_initialized") and backend.is_initialized():
             backend.manual_seed_all(number)
-
-
-def describe_environment():
-    """Return a dict of the versions that a result depends on."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
-    if "torch_npu" in sys.modules:
-        found["torch_npu"] = sys.modules["torch_npu"].__version__
-    return found

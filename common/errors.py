@@ -1,20 +1,17 @@
 """Errors that a user can cure: one line on the screen instead of a traceback, and the exit status of a process."""
 
 import atexit
-import multiprocessing
 import os
 import re
 import signal
 import sys
 import tempfile
-import threading
 import time
 import traceback
 
 ANOTHER_RANK = "another rank has ended, what it said tells why"
-_MEMORY = "out of memory|MemoryError|allocate memory|not enough memory"
 HINTS = (  # (pattern in the text of an error, what to do)
-    (_MEMORY, "a smaller --batch-size (--lr in proportion) or fewer --workers"),
+    ("memoryerror|(out of|allocate|enough) memory", "a smaller --batch-size (--lr in proportion) or fewer --workers"),
     ("gloo.*(closed by peer|reset by peer|broken pipe)", ANOTHER_RANK),
     ("error code is 507(033|899)", "is the card healthy (npu-smi info), is its /dev/davinci* in the container?"),
     ("error code is 500001", "torch_npu and CANN do not fit each other: see the table of versions in README.md"),
@@ -29,11 +26,7 @@ class UserError(Exception):
 
 
 class Stopped(Exception):
-    """A signal asked for the end, and everything worth keeping has been saved."""
-
-    def __init__(self, signum):
-        super().__init__("stopped by {}".format(signal.Signals(signum).name))
-        self.exit_code = 128 + signum
+    """The signal of this number asked for the end, and everything worth keeping has been saved."""
 
 
 def printable(text):
@@ -53,9 +46,7 @@ def run(main):
     try:
         return main() or 0
     except Stopped as stop:
-        return stop.exit_code
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+        return 128 + stop.args[0]
     except Exception as error:
         text = str(error) if isinstance(error, UserError) else _describe(error)
         if "RANK" in os.environ:  # the end of a rank ends the others: first the one with the cause, then local rank 0
@@ -63,22 +54,11 @@ def run(main):
             time.sleep(10 if ANOTHER_RANK in text else 5 * min(1, int(os.environ.get("LOCAL_RANK", 0))))
         print_error(text)
         return 1
-    finally:
-        for child in multiprocessing.active_children():
-            child.kill()
-        for thread in threading.enumerate():  # those of process pools notice it; Python's exit would race them
-            if thread is not threading.current_thread() and not thread.daemon:
-                thread.join(5)
 
 
 def run_and_exit(main):
-    """End the process with the status of `run(main)`.
-
-    Destructors of native code are left out: they race its threads, and abort a finished process now and then.
-    """
-    status, group = run(main), sys.modules.get("torch.distributed")
-    if status == 0 and group.is_available() and group.is_initialized():
-        group.destroy_process_group()
+    """End the process with the status of `run(main)`, without destructors of native code: they may abort it."""
+    status = run(main)
     atexit._run_exitfuncs()  # there is no public way to run what torch_npu and others want to do at the end
     sys.stdout.flush()
     sys.stderr.flush()
@@ -93,7 +73,7 @@ def _describe(error):
             return "{} -- {}".format(text, hint)
     try:
         with tempfile.NamedTemporaryFile("w", prefix="traceback-", suffix=".txt", delete=False) as file:
-            traceback.print_exception(type(error), error, error.__traceback__, file=file)
+            traceback.print_exc(file=file)
         return "{} (traceback in {})".format(text, file.name)
     except OSError:  # the disk is full
         return text

@@ -2,8 +2,7 @@
 # Everything mechanical about the 40 scripts: options, output folder, ranks, result files, exit status.
 #   launch.sh SCRIPT [option of the user ...] -- [flag of the recipe ...]
 # Mode and number of cards come from the script's name (train_<mode>_<n>p.sh), the network from its folder.
-SCRIPT_STARTED=$(date +%s.%N)
-export SCRIPT_STARTED # E2ETrainingTime counts from here
+started=$(date +%s.%N) # E2ETrainingTime counts from here
 set -euo pipefail
 
 common=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
@@ -12,67 +11,58 @@ test_dir=$(cd "$(dirname "$script")" && pwd -P)
 bundle=$(dirname "$test_dir")
 [[ $script =~ train_([a-z]+)_([0-9]+)p\.sh$ ]]
 mode=${BASH_REMATCH[1]} rank_size=${BASH_REMATCH[2]}
-for ((i = 2; i <= $#; i++)); do [ "${!i}" != -- ] || last=$i; done
-recipe=("${@:last+1}") words=()
-for word in "${@:2:last-2}"; do # --option=value becomes two words
-    [[ $word == --*=* ]] && words+=("${word%%=*}" "${word#*=}") || words+=("$word")
-done
+shift
 
 fail() { # message, exit status
     printf '[Error] %s\n' "$1" >&2
     exit "${2:-1}"
 }
 
-of_recipe() { # flag: its value in the recipe
-    [[ " ${recipe[*]}" =~ \ $1\ ([^ ]+) ]] && printf '%s' "${BASH_REMATCH[1]}" || printf 'that of main.py'
-}
-
-usage() {
+usage() { # all that was given: options of the user -- flags of the recipe
+    local given=" $*"
     printf 'usage: bash %s [option ...]\n\n' "$script"
     sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$script"
     cat <<END
 
-data and cards:
   --data_path=DIR       folder with train/ and val/; without it only performance runs, on synthetic images
   --device=npu|gpu|cpu  default: an NPU if there is one, else CUDA, else the CPU
   --device_id=N         card of a 1p run, and name of its output folder (default: $device_id)
   --rank_size=N         number of cards (default: $rank_size)
+  --batch_size=N        images per card and step
   --workers=N           decoding processes per card (default: the cores, shared)
-recipe:
-  --batch_size=N        per card (default: $(of_recipe --batch-size))
-  --epochs=N            default: $(of_recipe --epochs)
-  --max_steps=N         end after N steps (default: $(of_recipe --max-steps))
-  --learning_rate=X     default: $(of_recipe --lr)
-checkpoints:
+  --epochs=N --max_steps=N --learning_rate=X   passes over train/; end after N steps; for the batch of all cards
   --resume=FILE         full: go on from it; eval, finetune: the weights (default: the newest model_best.pth.tar)
-  --output_dir=DIR      where they go (default: as main.py says)
-this script:
+  --output_dir=DIR      where the checkpoints go
   --dry-run, --help     print command, environment and recipe; print this
 
-flags of the recipe: ${recipe[*]}
+flags of the recipe: ${given#* -- }
 More flags may follow, and win over the recipe: python3 $bundle/main.py --help
 END
 }
 
 # --- options: those of the script become flags of main.py, all others go there as they are; it refuses what is wrong
-data='' device_id=${ASCEND_DEVICE_ID:-0} dry_run='' user=()
-for ((i = 0; i < ${#words[@]}; i++)); do
-    option=${words[i]} value=${words[i + 1]-}
+data='' node='' device_id=${ASCEND_DEVICE_ID:-0} dry_run='' user=()
+while [ "$1" != -- ]; do
+    option=${1%%=*} value=${1#*=} taken=1
+    [[ $1 == *=* ]] || value=$2 taken=2
     case $option in
-    --help | -h) usage && exit 0 ;;
-    --dry-run) dry_run=yes && continue ;;
+    --help | -h) usage "$@" && exit 0 ;;
+    --dry-run) dry_run=yes taken=1 ;;
     --data_path | --data-path | --data) data=$value ;;
     --device_id) device_id=$value ;;
     --rank_size) rank_size=$value ;;
+    --rank) user+=(--rank "$value") && [ "$value" = 0 ] || node=_node$value ;; # nodes may share this folder
     --resume) [ -f "$value" ] && resume=$(realpath "$value") || resume=$value ;;
     --batch_size | --batch-size | -b) user+=(--batch-size "$value" --cpu-batch-size "$value") ;;
     --epochs | --epoch) epochs=$value user+=(--epochs "$value") ;;
     --learning_rate) user+=(--lr "$value") ;;
     --max_steps | --max-steps) max_steps=$value user+=(--max-steps "$value" --cpu-max-steps "$value") ;;
-    *) user+=("$option") && continue ;;
+    *) user+=("$1") taken=1 ;;
     esac
-    ((++i < ${#words[@]})) || fail "$option needs a value" 2
+    [[ $taken = 1 || $2 != -- ]] || fail "$option needs a value" 2
+    shift "$taken"
 done
+shift # what is left is the recipe
 [[ $rank_size =~ ^[1-9][0-9]{0,3}$ ]] || fail "--rank_size=$rank_size is not a number of cards" 2
 [[ $device_id =~ ^[0-9]{1,4}$ ]] || fail "--device_id=$device_id is not the number of a card" 2
 [ "${RANK_SIZE:-$rank_size}" = "$rank_size" ] || # images of other frameworks export it for good
@@ -80,7 +70,7 @@ done
 [ -z "${epochs+given}" ] || [ -n "${max_steps+given}" ] || user+=(--cpu-max-steps 0) # whole epochs were asked for
 [ -n "$data" ] || [ "$mode" = performance ] || fail 'para "data_path" must be config'
 [ -n "$data" ] && user+=(--data "$data") || user+=(--synthetic)
-output=$test_dir/output/$device_id uses=(--resume)
+output=$test_dir/output/$device_id$node uses=(--resume)
 [ "$mode" != eval ] || uses=(--evaluate --resume)
 [ "$mode" != finetune ] || uses=(--pretrained)
 if [[ $mode =~ eval|finetune && ${resume-auto} = auto ]]; then
@@ -99,7 +89,7 @@ ranks=(--device-list "$device_id")
 environment=$(env | sort) python=${PYTHON:-python3}
 # shellcheck source=common/npu_env.sh
 source "$common/npu_env.sh"
-command=("$python" -u "$bundle/main.py" "${recipe[@]}" --log-dir "$output" --log-id "$device_id" "${ranks[@]}" "${user[@]}")
+command=("$python" -u "$bundle/main.py" "$@" --log-dir "$output" --log-id "$device_id" "${ranks[@]}" "${user[@]}")
 [ -z "${resume+given}" ] || command+=("${uses[@]}" "$resume")
 if [ -n "$dry_run" ]; then
     printf 'command:\n  %s\nenvironment:\n' "$(printf '%q ' "${command[@]}")"
@@ -109,7 +99,7 @@ if [ -n "$dry_run" ]; then
 fi
 
 # --- main.py refuses what is wrong before anything is touched
-pid='' signal=0
+pid='' signal=0 status=''
 stop() { # exit status
     signal=$1
     [ -z "$pid" ] || kill -TERM "$pid" 2>/dev/null || true
@@ -119,7 +109,7 @@ trap 'stop 130' INT
 trap 'stop 143' TERM
 said=$("${command[@]}" --check 2>&1) || status=$?
 [ "$signal" = 0 ] || exit "$signal"
-[ -z "${status-}" ] || { printf '%s\n' "$said" >&2 && exit "$status"; }
+[ -z "$status" ] || { printf '%s\n' "$said" >&2 && exit "$status"; }
 
 # --- a fresh output folder; what an earlier run left is kept beside it
 { mkdir -p "$test_dir/output" && [ -w "$test_dir/output" ]; } 2>/dev/null || fail "$test_dir/output cannot be written"
@@ -137,21 +127,19 @@ fi
 
 # --- run: everything goes to nohup.out, and to the screen; a signal goes to the ranks, which save and end
 : >"$output/nohup.out"
-screen=(cat)
+clear=''
 if [ -t 1 ] && { LIVE_TERMINAL=$(tty <&3); } 3>&1 && [ -w "$LIVE_TERMINAL" ] && [ "${TERM:-dumb}" != dumb ]; then
     export LIVE_TERMINAL # rank 0 writes its lines there itself, above one that it renews
-    screen=(sed -u $'s/^/\r\e[K/') # what else there is takes the place of that one
+    clear=$'\r\e[K'      # what else there is takes the place of that one
 fi
-exec 5> >(trap '' HUP INT TERM && tee -a "$output/nohup.out" | "${screen[@]}")
+exec 5> >(trap '' HUP INT TERM && tee -a "$output/nohup.out" | sed -u "s/^/$clear/") 4>&5
 tee_pid=$!
-if [ "${screen[0]}" = sed ]; then exec 4>>"$output/nohup.out"; else exec 4>&5; fi
-PARENT_PID=$$ "${command[@]}" >&4 2>&5 &
+[ -z "$clear" ] || exec 4>>"$output/nohup.out"
+SCRIPT_STARTED=$started PARENT_PID=$$ "${command[@]}" >&4 2>&5 &
 pid=$!
 [ "$signal" = 0 ] || stop "$signal" # it came before there was a pid
-while :; do # a signal ends `wait` early
-    status=0
-    wait "$pid" || status=$?
-    kill -0 "$pid" 2>/dev/null || break
+until [ -n "$status" ] && ! kill -0 "$pid" 2>/dev/null; do # a signal ends `wait` early
+    wait "$pid" && status=0 || status=$?
 done
 exec 4>&- 5>&-
 wait "$tee_pid" 2>/dev/null || true
@@ -160,4 +148,5 @@ if [ "$status" != 0 ]; then
     echo "$(basename "$script" .sh) ended with status $status; all it said is in $output/nohup.out" | tee -a "$output/nohup.out" >&2
     exit "$status"
 fi
+[ -f "$output/metrics.jsonl" ] || { echo 'the log and the results are on node 0' && exit; }
 PYTHONPATH=$common/.. "$python" -m common.parse_log "$output" --mode "$mode"

@@ -1,14 +1,18 @@
 """The log of a run: its lines, FPS, the live line of a terminal, and metrics.jsonl.
 
 FPS is the number of images of all cards divided by the wall time between two synchronised log points. Waiting for data
-counts; the first `UNTIMED_STEPS` steps of a run, evaluations and checkpoints do not.
+counts; the first `UNTIMED_STEPS` steps of a run, those of `--profile`, evaluations and checkpoints do not.
 """
 
 import contextlib
+import csv
+import functools
+import io
 import itertools
 import json
 import math
 import os
+import platform
 import sys
 import time
 from collections import Counter
@@ -17,7 +21,6 @@ import torch
 from tqdm import tqdm
 
 from common import arguments, checkpoint
-from common.device import describe_environment
 from common.distributed import STOP_SIGNALS
 from common.errors import Stopped, UserError, printable
 
@@ -33,14 +36,20 @@ PROGRESS = (
 LIVE = "loss {mean[loss]:.2f} acc {mean[acc1]:.1f} {now[fps]:.0f}/s LR {lr:.2g} ETA {left}"
 
 
-def count_correct(logits, targets):
-    """Return int64 [3]: targets among the best 1 and 5 of `logits` [B, C], and how many targets there are.
+def find_correct(logits, targets):
+    """Return bool [B, 3]: whether the target is the best of `logits` [B, C], among the best 5, and a target at all.
 
-    Negative targets (padding, unreadable images) are no target; with fewer than 5 classes all are best; NaN is wrong.
+    Negative targets (padding, unreadable images) are none; with fewer than 5 classes all are best; NaN is wrong.
     """
     best = logits.topk(min(5, logits.shape[1]), dim=1)[1]
     hits = (best == targets.unsqueeze(1)) & ~torch.isnan(logits).any(dim=1, keepdim=True)
-    return torch.stack([hits[:, 0].sum(), hits.sum(), (targets >= 0).sum()])
+    return torch.stack([hits[:, 0], hits.any(dim=1), targets >= 0], dim=1)
+
+
+def count_classes(logits, targets):
+    """Return int64 [C, 3]: of the targets of each class, how often `find_correct` is true."""
+    is_of_class = targets.unsqueeze(1) == torch.arange(logits.shape[1], device=targets.device)
+    return (is_of_class.float().t() @ find_correct(logits, targets).float()).long()  # exact: the sums are small
 
 
 def _open_terminal():
@@ -53,46 +62,38 @@ def _open_terminal():
 
 
 def _averages(sums):
-    """Return what a log line shows of sums over steps: Acc@1 and Acc@5 in percent, seconds of a step, ..."""
-    return {
-        "loss": sums["loss"] / sums["images"],
-        "acc1": 100 * sums["correct1"] / sums["images"],
-        "acc5": 100 * sums["correct5"] / sums["images"],
-        "fps": sums["images"] / sums["seconds"],
-        "step_seconds": sums["seconds"] / sums["steps"],
-        "data_seconds": sums["wait"] / sums["steps"],
-    }
+    """Return what a log line shows of sums over steps: means of an image or a step, and images per second."""
+    means = {name: sums[name] / sums["images"] for name in ("loss", "acc1", "acc5")}
+    means.update({name: sums[name] / sums["steps"] for name in ("step_seconds", "data_seconds")})
+    return dict(means, fps=sums["images"] / sums["step_seconds"])
 
 
 class Log:
     """Writes the log of a run, on rank 0, and counts its steps.
 
-    Attributes:
-        is_complete, is_final: whether no step of the epoch is left; whether the run ends with it.
-        best_acc1: the best Acc@1 of the run so far in percent; 0.0 without an evaluation.
-        last_checkpoint: path of the last checkpoint that was written or resumed, or None.
+    `is_complete` says that no step of the epoch is left, `is_final` that the run ends with it; `last_checkpoint` is the
+    path of the last checkpoint that was written or resumed, or None.
     """
 
     def __init__(self, card, args, network):
         """Open the files of `--log-dir`, or raise UserError; `network` is the bundle's name for its network."""
         self._card, self._ranks, self._args, self._network = card, card.ranks, args, network
-        self._started = float(os.environ.get("SCRIPT_STARTED") or time.time())
+        # A run that is resumed keeps the time at which it began: it tells its part of metrics.jsonl from another run's.
+        self._started = self._began = float(os.environ.get("SCRIPT_STARTED") or time.time())
+        self._resumes = bool(args.resume) and not args.evaluate
+        self._best, self.last_checkpoint, self._save = (), None, lambda signum: None
+        self._timed, self._untimed_steps, self._skipped = Counter(), None, 0
+        self._files, self._text = {}, "train_{}.log".format(args.log_id)
         self._terminal = _open_terminal() if card.ranks.is_rank0 else None
-        self._timed, self._run_steps, self._untimed_steps, self._skipped, self._save = Counter(), 0, None, 0, None
-        self._files, self._text, self._first_record = {}, "train_{}.log".format(args.log_id), None
-        self.best_acc1, self._best_acc5, self.last_checkpoint = 0.0, None, None
         if args.log_dir and card.ranks.is_rank0:
             try:
                 os.makedirs(args.log_dir, exist_ok=True)
-                self._open(self._text)
-                if args.evaluate or not args.resume:  # else `load_state_dict` finds out whether it goes on
+                if not self._resumes:
                     checkpoint.keep_previous(os.path.join(args.log_dir, METRICS))
-                    self._open(METRICS)
+                for name in (self._text, METRICS):
+                    self._files[name] = open(os.path.join(args.log_dir, name), "a", encoding="utf-8")
             except OSError as error:
                 raise UserError("--log-dir {}: {}".format(args.log_dir, error.strerror)) from None
-
-    def _open(self, name):
-        self._files[name] = open(os.path.join(self._args.log_dir, name), "a", encoding="utf-8")
 
     def _write(self, name, text):
         try:
@@ -117,140 +118,134 @@ class Log:
 
     def _record(self, kind, **values):
         """Append an object of `kind` "run", "train", "eval" or "result" to metrics.jsonl."""
-        text = json.dumps(dict(kind=kind, time=round(time.time() - self._started, 3), **values))
-        self._first_record = self._first_record or text
-        self._write(METRICS, text)
+        self._write(METRICS, json.dumps(dict(kind=kind, time=round(time.time() - self._started, 3), **values)))
 
     def start(self, args, precision):
         """Write what was chosen for the user, and what runs; `precision` is the `common.precision.Precision`."""
         self._precision = precision
-        for notice in [*args.notices, *self._card.notices]:
+        for notice in args.notices:
             self.line(notice)
         facts = {name: getattr(args, name) for name in ("arch", "batch_size", "epochs", "opt_level")}
-        facts.update(describe_environment(), network=self._network, rank_size=self._ranks.world_size)
-        facts.update(device=self._card.type, device_name=self._card.name, precision=precision.label)
-        facts["data"] = "synthetic" if args.synthetic else args.data
+        facts.update((name, sys.modules[name].__version__) for name in ("torch", "torch_npu") if name in sys.modules)
+        facts.update(python=platform.python_version(), machine=platform.machine(), network=self._network)
+        facts.update(rank_size=self._ranks.world_size, device=self._card.type, device_name=self._card.name)
+        facts["global_batch"] = args.batch_size * self._ranks.world_size * (1 if args.evaluate else args.accumulate)
+        facts.update(precision=precision.label, data="synthetic" if args.synthetic else args.data)
         facts["date"] = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self._started))
         self.line("=> run " + json.dumps(facts, sort_keys=True))
         self._facts = dict(facts, args=arguments.as_dict(args))
-        self._record("run", **self._facts)
+        if not self._resumes:  # else `load_state_dict` knows when it began
+            self._record("run", began=self._began, **self._facts)
 
     def when_stopped(self, save):
         """Have `save(signum)` called where a signal ends the wait for a batch, or an evaluation."""
         self._save = save
 
-    def _stop(self):
-        if self._save is not None:
-            self._save(self._ranks.stop_signal)
-        raise Stopped(self._ranks.stop_signal)
-
-    def _show(self, batches, title, total, done=0, leave=False):
-        """Yield `batches`; a live line of the terminal, if there is one, shows how many of `total` are done."""
+    def _show(self, batches, title, total, done=0, is_training=False):
+        """Yield `batches`; a live line of the terminal, if there is one, shows how many steps of `total` are done."""
         tqdm.monitor_interval = 0  # no thread beside the forks of the data loader
         options = {"initial": done, "file": self._terminal, "disable": self._terminal is None, "dynamic_ncols": True}
         form = title + " {n}/{total} |{bar}|{postfix}"
-        self._bar = tqdm(batches, total=total, leave=leave, bar_format=form, **options)
         try:
-            yield from self._bar
-        except Stopped:  # while it waited for one
-            self._stop()
+            with tqdm(total=total, leave=is_training, bar_format=form, **options) as self._bar:
+                for batch in batches:
+                    yield batch
+                    self._bar.update(batch.ends_step)
+                    if self._ranks.stop_signal and not is_training:  # there `step` tells all ranks of it
+                        raise Stopped(self._ranks.stop_signal)
+        except Stopped as stop:  # also while it waited for a batch
+            self._save(stop.args[0])
+            raise
 
     def steps(self, loader, number, samples):
-        """Yield the batches that are left of training epoch `number` after `samples` samples; `step` follows each."""
+        """Return the batches that are left of training epoch `number` after `samples` samples; `step` follows each."""
         args, self._loader, self._number = self._args, loader, number
-        # Another number of ranks may have done the first part: how many steps of this size that is, rounded up.
-        self._step = -(-samples // (args.batch_size * self._ranks.world_size))
-        self._steps = self._step + loader.steps_from(samples)
-        run_steps, done_before = args.max_steps or math.inf, number * loader.steps
-        self._last_step = min(self._steps, run_steps - done_before)
-        later_steps = max(0, min(args.epochs * loader.steps, run_steps) - done_before - loader.steps)
-        self._steps_left = max(0, self._last_step - self._step) + later_steps
-        self.is_complete, self.is_final = self._step >= self._steps, later_steps == 0
-        if self._untimed_steps is None:
-            self._untimed_steps = min(UNTIMED_STEPS, self._steps_left // 2)
-        self._epoch, self._since_log, self._losses = Counter(), Counter(), []  # the sums of a log line
-        self._since_sync, self._sync_every, self._stop_signal = [], 1, 0
+        self._step = loader.steps - loader.steps_from(samples)  # another number of ranks may have done the first part
+        run_steps = min(args.epochs * loader.steps, args.max_steps or math.inf)
+        self._run_end = max(self._step, run_steps - number * loader.steps)  # counted from this epoch's start, too
+        self._end = min(loader.steps, self._run_end)
+        self.is_complete, self.is_final = self._step == loader.steps, self._run_end == self._end
+        is_first = self._untimed_steps is None
+        if is_first:
+            self._untimed_steps = min(UNTIMED_STEPS + args.profile, (self._run_end - self._step) // 2)
+        self._epoch, self._since_log, self._losses = Counter(), Counter(), []
+        self._parts, self._since_sync, self._sync_every, self._stop_signal = [], [], 1, 0
         self._card.synchronize()
         self._synced, self._waited = time.perf_counter(), loader.wait_seconds
-        batches = itertools.islice(loader.batches(number, samples), max(0, self._last_step - self._step))
-        title = "{}/{}".format(number, args.epochs)
-        for batch in self._show(batches, title, self._last_step, self._step, leave=True):
-            if self._ranks.world_size == 1 and loader.new_bad:
-                self._share_bad(loader)
-            yield batch
+        batches = itertools.islice(loader.batches(number, samples), (self._end - self._step) * args.accumulate)
+        if is_first and args.profile and self._ranks.is_rank0:
+            steps = min(max(1, self._untimed_steps), self._end - self._step)
+            batches = self._card.profile(batches, steps, min(args.profile, steps), args, self)
+        return self._show(batches, "{}/{}".format(number, args.epochs), self._end, self._step, is_training=True)
 
     def _share_bad(self, loader):
-        loader.share_bad()
-        for path, reason in loader.unnamed:
+        for path, reason in loader.share_bad():
             self.line("[Warning] {} cannot be read: {}".format(path, reason))
-        del loader.unnamed[:]
 
     def step(self, loss, logits, batch, learning_rate):
-        """Count a step with `loss` (scalar, the mean of this rank) and `logits` [B, C]; return 0 or a signal to stop.
+        """Count a batch with `loss` (scalar, the mean of this rank) and `logits` [B, C]; return 0 or a signal to stop.
 
         The signal is the same on all ranks. Nothing waits for the device except at log points and, with several ranks,
         every `SYNC_SECONDS`; there UserError is raised where a loss was not finite or too many images are bad.
         """
-        loss = loss.detach().float().reshape(1) * batch.weight
-        self._since_sync.append(torch.cat([loss, count_correct(logits.detach(), batch.targets).float()]))
-        self._step, self._run_steps, self._steps_left = self._step + 1, self._run_steps + 1, self._steps_left - 1
-        self.is_complete, has_ranks = self._step >= self._steps, self._ranks.world_size > 1
-        is_log_point = self._step % self._args.print_freq == 0 or self._step == self._last_step
-        is_log_point = is_log_point or self._run_steps == self._untimed_steps
-        if is_log_point or (has_ranks and len(self._since_sync) >= self._sync_every):
+        loss, is_alone = loss.detach().float().reshape(1) * batch.weight, self._ranks.world_size == 1
+        self._parts.append(torch.cat([loss, find_correct(logits.detach(), batch.targets).sum(dim=0).float()]))
+        if not batch.ends_step:
+            return 0
+        self._since_sync.append(functools.reduce(torch.add, self._parts))
+        self._parts = []
+        self._step, self._untimed_steps = self._step + 1, self._untimed_steps - 1
+        self.is_complete = self._step == self._loader.steps
+        is_log_point = self._step % self._args.print_freq == 0 or self._step == self._end or self._untimed_steps == 0
+        is_due = self._loader.new_bad if is_alone else len(self._since_sync) >= self._sync_every
+        if is_log_point or is_due:
             self._sync()
         if is_log_point:
             self._report(learning_rate)
-        return self._stop_signal if has_ranks else self._ranks.stop_signal
+        return self._ranks.stop_signal if is_alone else self._stop_signal
 
     def _sync(self):
-        """Add up what all ranks have done since the last time; their signals and bad images travel with it."""
+        """Add up what all ranks have done since the last time, and share their signals and bad images."""
         self._card.synchronize()
         now, loader, world, steps = time.perf_counter(), self._loader, self._ranks.world_size, len(self._since_sync)
-        own = [now - self._synced, loader.new_bad, *(self._ranks.stop_signal == signum for signum in STOP_SIGNALS)]
-        own = torch.tensor([float(value) for value in own], device=self._card.torch_device)
-        seconds, new_bad, *values = self._ranks.sum(torch.cat([own, *self._since_sync])).tolist()
-        signals, values = values[: len(STOP_SIGNALS)], values[len(STOP_SIGNALS) :]
-        losses, correct1, correct5, images = (
-            [loss / world for loss in values[::4]],
-            values[1::4],
-            values[2::4],
-            values[3::4],
-        )
-        self._since_log.update(steps=steps, seconds=seconds / world, wait=loader.wait_seconds - self._waited)
-        self._since_log.update(correct1=sum(correct1), correct5=sum(correct5), images=sum(images))
-        self._since_log.update(loss=sum(loss * count for loss, count in zip(losses, images)))
-        self._losses, self._since_sync, self._last_loss = self._losses + losses, [], losses[-1]
-        self._synced, self._waited = now, loader.wait_seconds
+        own = [now - self._synced, len(loader.new_bad), *(self._ranks.stop_signal == signum for signum in STOP_SIGNALS)]
+        own = torch.tensor(own, dtype=torch.float32, device=self._card.torch_device)
+        sums = self._ranks.sum(torch.cat([own, *self._since_sync])).cpu()
+        seconds, new_bad, *signals = sums[: len(own)].tolist()
+        waited = loader.wait_seconds - self._waited
+        self._since_log.update(steps=steps, step_seconds=seconds / world, data_seconds=waited)
+        for loss, correct1, correct5, images in sums[len(own) :].view(steps, 4).tolist():
+            self._losses.append(loss / world)
+            self._since_log.update(images=images, loss=loss / world * images, acc1=100 * correct1, acc5=100 * correct5)
+        self._since_sync, self._synced, self._waited = [], now, loader.wait_seconds
         self._sync_every = max(1, int(SYNC_SECONDS * steps * world / seconds))
         self._stop_signal = next((signum for signum, count in zip(STOP_SIGNALS, signals) if count), 0)
         if new_bad:
             self._share_bad(loader)
-        if not all(map(math.isfinite, losses)):
-            saved = self.last_checkpoint
-            saved = "The last checkpoint is {}.".format(saved) if saved else "No checkpoint was written yet."
-            text = "the loss is not a finite number between steps {} and {} of epoch {}. {} Try a lower learning rate, "
-            text += "a longer warm-up, or --opt-level O0."
+        if not math.isfinite(self._since_log["loss"]):
+            text = "the loss is not a finite number between steps {} and {} of epoch {} (the last checkpoint: {}). "
+            text += "Try a lower learning rate, a longer warm-up, or --opt-level O0"
+            saved = self.last_checkpoint or "none yet"
             raise UserError(text.format(self._step - steps + 1, self._step, self._number, saved))
 
     def _report(self, learning_rate):
         """Write the steps since the last log point: to the log, to metrics.jsonl, on the live line."""
-        sums, losses = self._since_log, self._losses
+        sums, losses, self._last_loss = self._since_log, self._losses, self._losses[-1]
         self._since_log, self._losses = Counter(), []
         self._epoch.update(sums)
-        if self._run_steps > self._untimed_steps:
+        if self._untimed_steps < 0:
             self._timed.update(sums)
         now, mean = _averages(sums), _averages(self._epoch)
         mean["fps"] = _averages(self._timed or sums)["fps"]
-        seconds = int(self._steps_left * mean["step_seconds"])
+        seconds = int((self._run_end - self._step) * mean["step_seconds"])
         left = "{}:{:02d}:{:02d}".format(seconds // 3600, seconds // 60 % 60, seconds % 60)
-        place = {"epoch": self._number, "step": self._step, "steps": self._steps, "lr": learning_rate}
+        place = {"epoch": self._number, "step": self._step, "steps": self._loader.steps, "lr": learning_rate}
         self.line(PROGRESS.format(now=now, mean=mean, loss=losses[-1], left=left, **place), is_progress=True)
         self._bar.set_postfix_str(LIVE.format(now=now, mean=mean, left=left, lr=learning_rate))
-        before, self._skipped = self._skipped, self._precision.skipped if self._ranks.is_rank0 else 0
+        before, self._skipped = self._skipped, int(self._precision.skipped)
         if self._skipped > before:
-            counts = self._skipped - before, self._skipped
-            self.line("skipped {} steps: a gradient overflowed ({} so far)".format(*counts))
+            text = "skipped {} steps: a gradient overflowed ({} so far)"
+            self.line(text.format(self._skipped - before, self._skipped))
         memory = self._card.memory_gib()
         self._record("train", losses=losses, memory_gib=memory, skipped=self._skipped, **place, **now)
 
@@ -263,18 +258,16 @@ class Log:
         self._synced += time.perf_counter() - began
 
     def batches(self, loader):
-        """Yield the batches of val/ that `loader` has for this rank; raise Stopped when a signal has reached it."""
-        for batch in self._show(loader.batches(), "val/", loader.steps):
-            yield batch
-            if self._ranks.stop_signal:
-                self._stop()
+        """Return an iterator over the batches of val/ for this rank; it raises Stopped when a signal has come."""
+        return self._show(loader.batches(), "val/", loader.steps)
 
     def evaluation(self, epoch, loader, counts):
         """Write the accuracy after `epoch`; return (Acc@1, Acc@5) in percent of all images, unreadable ones wrong.
 
-        `counts` is the int64 [3] of `count_correct`, summed over all batches of `loader` and all ranks.
+        `counts` is the int64 [C, 3] of `count_classes`, summed over all batches of `loader` and all ranks. Raises
+        UserError where `--per-class` cannot be written.
         """
-        correct1, correct5, seen = counts.tolist()
+        correct1, correct5, seen = counts.sum(dim=0).tolist()
         self._share_bad(loader)
         unreadable = len(loader.bad)
         assert seen + unreadable == len(loader), "{} of {} validation images were counted".format(seen, len(loader))
@@ -283,38 +276,41 @@ class Log:
         if unreadable:
             self.line("[Warning] {} validation images could not be read; they count as wrong".format(unreadable))
         self._record("eval", epoch=epoch, acc1=acc1, acc5=acc5, images=seen, unreadable=unreadable)
-        if self._best_acc5 is None or acc1 > self.best_acc1:
-            self.best_acc1, self._best_acc5 = acc1, acc5
+        if self._args.per_class and self._ranks.is_rank0:
+            self._write_per_class(loader.images, counts[:, 0].tolist())
+        self._best = max(self._best, (acc1, acc5))
         return acc1, acc5
 
+    def _write_per_class(self, images, correct):
+        table, numbers = io.StringIO(), sorted(Counter(images.targets.tolist()).items())
+        rows = [[images.classes[i], n, correct[i], "{:.3f}".format(100 * correct[i] / n)] for i, n in numbers]
+        csv.writer(table, lineterminator="\n").writerows([["class", "images", "correct", "Acc@1"], *rows])
+        try:
+            checkpoint.write_atomic(self._args.per_class, table.getvalue().encode("utf-8", "surrogateescape"))
+        except OSError as error:
+            raise UserError("--per-class {}: {}".format(self._args.per_class, error.strerror)) from None
+
+    @property
+    def best_acc1(self):
+        """The best Acc@1 of the run so far in percent; 0.0 without an evaluation."""
+        return self._best[0] if self._best else 0.0
+
     def state_dict(self):
-        """Return what a checkpoint must keep: the best (Acc@1, Acc@5) so far, and how metrics.jsonl begins."""
-        best = None if self._best_acc5 is None else (self.best_acc1, self._best_acc5)
-        return {"best": best, "first_record": self._first_record}
+        """Return what a checkpoint must keep: the best (Acc@1, Acc@5) so far, and when the run began."""
+        return {"best": self._best or None, "began": self._began}
 
     def load_state_dict(self, state):
-        """Take the best accuracy of the run that is resumed, and go on in its metrics.jsonl if `--log-dir` has it."""
-        self.best_acc1, self._best_acc5 = state["best"] or (0.0, None)
-        self._skipped, self._first_record = self._precision.skipped, state.get("first_record")
-        if self._files:
-            path, found = os.path.join(self._args.log_dir, METRICS), None
-            with contextlib.suppress(OSError), open(path, encoding="utf-8") as file:
-                found = file.readline().strip()
-            if found != self._first_record:
-                checkpoint.keep_previous(path)
-                self.line("{} has no {} of the run before: it begins here".format(self._args.log_dir, METRICS))
-                self._first_record = None
-            self._open(METRICS)
-            self._record("run", **self._facts)
+        """Take the state of the run that is resumed, and go on in its metrics.jsonl."""
+        self._best, self._skipped = state["best"] or (), int(self._precision.skipped)
+        self._began = state.get("began", self._began)
+        self._record("run", began=self._began, **self._facts)
 
     def finish(self):
-        """Write the last lines: throughput over the run, and the result as JSON."""
+        """Write the result of the run as JSON: its throughput, its best accuracy."""
         result = {"e2e_seconds": round(time.time() - self._started, 3)}
         if self._timed:
             means = _averages(self._timed)
             result.update(fps=means["fps"], step_seconds=means["step_seconds"], loss=self._last_loss)
-            self.line(" * FPS@all {fps:.3f}, TIME@all {step_seconds:.3f}".format(**means))
-        if self._best_acc5 is not None:
-            result.update(acc1=self.best_acc1, acc5=self._best_acc5)
+        result.update(zip(("acc1", "acc5"), self._best))
         self.line("=> result " + json.dumps(result, sort_keys=True))
         self._record("result", **result)

@@ -1,5 +1,6 @@
-"""What only Ascend cards need: torch_npu, its gradient scaler and fused optimizers, and apex (for torch 1.5)."""
+"""What only Ascend cards need: how torch_npu is set up and compiles, its fused optimizers, and apex (for torch 1.5)."""
 
+import contextlib
 import importlib
 import inspect
 import os
@@ -17,55 +18,76 @@ def find_problem():
     """Return why this process cannot use an NPU, with the cure; None where `torch.npu` has a card."""
     if common.NPU_PROBLEM:
         return common.NPU_PROBLEM
-    try:
-        import torch_npu  # noqa: F401
-    except ImportError:
-        if not hasattr(torch, "npu"):  # Ascend's torch 1.5 has it without torch_npu
-            text = 'torch_npu is not installed for {}: pip install "torch_npu=={}.*"'
-            return text.format(sys.executable, torch.__version__.split("+")[0])
+    if find_spec("torch_npu"):
+        importlib.import_module("torch_npu")
+    elif not hasattr(torch, "npu"):  # Ascend's torch 1.5 has it without torch_npu
+        text = 'torch_npu is not installed for {}: pip install "torch_npu=={}.*"'
+        return text.format(sys.executable, torch.__version__.split("+")[0])
     if torch.npu.device_count() == 0:  # is_available() is True even when ASCEND_RT_VISIBLE_DEVICES hides all cards
-        return "torch_npu sees no card (npu-smi info lists them{})".format(visible_devices())
+        text = "torch_npu sees no card (npu-smi info lists them; ASCEND_RT_VISIBLE_DEVICES={})"
+        return text.format(os.environ.get("ASCEND_RT_VISIBLE_DEVICES", "(not set)"))
     return None
 
 
-def visible_devices():
-    """Return what an error message must say about ASCEND_RT_VISIBLE_DEVICES, or an empty string."""
-    visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES")
-    return "" if visible is None else "; ASCEND_RT_VISIBLE_DEVICES={} numbers those it names from 0".format(visible)
+def check(args):
+    """Raise UserError where this torch_npu cannot do what the options want."""
+    for option, default, place, name in (
+        ("jit_compile", "auto", torch.npu, "set_compile_mode"),
+        ("internal_format", "auto", torch.npu, "config"),
+        ("profile", 0, sys.modules.get("torch_npu"), "profiler"),
+    ):
+        if getattr(args, option) != default and not hasattr(place, name):
+            raise UserError("--{}: this torch_npu has no {}".format(option.replace("_", "-"), name))
+    if args.compile and hasattr(torch, "compile"):
+        compile_options(args.compile)
 
 
-def set_up(backend, jit_compile):
-    """Choose how `torch.npu` runs operators ("auto", "on", "off": compiled), before the first tensor is on the card."""
-    if jit_compile != "auto" and hasattr(backend, "set_compile_mode"):
-        # The first generation compiles by default: minutes for each new shape.
-        backend.set_compile_mode(jit_compile=jit_compile == "on")
-    if hasattr(backend, "config"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it only says that it was set
-            backend.config.allow_internal_format = False  # results must not depend on private memory layouts
-    if hasattr(backend, "conv"):  # newer chips would round the factors of float32 products (HF32)
-        backend.conv.allow_hf32 = False
-        backend.matmul.allow_hf32 = False
+def set_up(backend, args):
+    """Choose how `torch.npu` runs operators, before the first tensor is on the card; "auto" leaves it to the chip."""
+    with warnings.catch_warnings(), contextlib.suppress(AttributeError):  # torch 1.5 and 1.8 lack some of these
+        warnings.simplefilter("ignore")  # each says that it was set
+        if args.jit_compile != "auto":
+            backend.set_compile_mode(jit_compile=args.jit_compile == "on")
+        if args.internal_format != "auto":
+            backend.config.allow_internal_format = args.internal_format == "on"
+        backend.conv.allow_hf32 = backend.matmul.allow_hf32 = False  # newer chips would round factors of float32
+        if not backend.is_jit_compile_false():  # shapes are fixed: the next run finds its operators there
+            folder = os.environ.get("ACL_OP_COMPILER_CACHE_DIR") or os.path.expanduser("~/.cache/ascend_operators")
+            cache = {"ACL_OP_COMPILER_CACHE_MODE": "enable", "ACL_OP_COMPILER_CACHE_DIR": folder}
+            backend.set_option(cache)
 
 
-def scaler_class():
-    """Return torch_npu's gradient scaler on a first-generation card, otherwise None: torch's own will do."""
-    import torch_npu
+def is_first_generation(backend):
+    """Return whether the chip (Ascend 910A) has no infinity and no bfloat16, and multiplies float32 in float16."""
+    return not getattr(getattr(backend, "utils", None), "is_support_inf_nan", bool)()
 
-    # First-generation cards flag an overflow per card: only this scaler tells the other ranks.
-    has_inf = getattr(torch_npu.npu.utils, "is_support_inf_nan", bool)  # 1.8 knows the first generation alone
-    return None if has_inf() else torch_npu.npu.amp.GradScaler
+
+def compile_options(mode):
+    """Return the options of `torch.compile` for `--compile`; raise UserError where torch_npu has no compiler."""
+    options, backends = {"mode": mode}, importlib.import_module("torch._dynamo").list_backends(exclude_tags=None)
+    if not (find_spec("triton") and find_spec("triton.backends.ascend")):
+        if "npugraphs" not in backends:
+            raise UserError("--compile needs triton-ascend here; --jit-compile on compiles operators without it")
+        options = {"backend": "npugraphs"}
+    if options != {"mode": "default"} and os.environ.get("TASK_QUEUE_ENABLE") == "2":
+        raise UserError("--compile records graphs, which TASK_QUEUE_ENABLE=2 forbids: export TASK_QUEUE_ENABLE=1")
+    return options
+
+
+def prefers_fused(backend, kind):
+    """Return whether the fused optimizer `kind` gives torch's results in fewer kernels than torch's own."""
+    has_own = hasattr(sys.modules.get("torch_npu"), "optim")
+    return kind == "SGD" and has_own and is_first_generation(backend)  # newer chips have torch's foreach
 
 
 def fused_optimizer(kind):
-    """Return the class `NpuFused<kind>` of torch_npu or apex; raise UserError where there is none."""
+    """Return the class `NpuFused<kind>` of torch_npu or apex; raise UserError where there is neither."""
     torch_npu = sys.modules.get("torch_npu")
     if not hasattr(torch_npu, "optim"):  # torch 1.5 and 1.8
-        amp, problem = find_apex()
-        optimizers = amp and importlib.import_module("apex.optimizers")
-        if not hasattr(optimizers, "NpuFused" + kind):
-            raise UserError("--fused-optimizer: {}".format(problem or "this apex is not Ascend's"))
-        return getattr(optimizers, "NpuFused" + kind)
+        _, problem = find_apex()
+        if problem:
+            raise UserError("--fused-optimizer: {}".format(problem))
+        return getattr(importlib.import_module("apex.optimizers"), "NpuFused" + kind)
     warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # torch_npu's own use of it
 
     class Fused(getattr(torch_npu.optim, "NpuFused" + kind)):  # it keeps weights and gradients in buffers of its own
@@ -101,9 +123,6 @@ def initialize_apex(amp, model, optimizer, opt_level, scale):
     options = {} if scale is None else {"min_loss_scale": scale, "max_loss_scale": scale}
     if "combine_grad" in inspect.signature(amp.initialize).parameters:  # Ascend's
         options["combine_grad"] = True
-    try:
-        amp.initialize(model, optimizer, opt_level=opt_level, loss_scale="dynamic", verbosity=0, **options)
-    except ModuleNotFoundError as error:
-        raise UserError("apex has no {0}: it is built with --{0}".format(error.name)) from None
+    amp.initialize(model, optimizer, opt_level=opt_level, loss_scale="dynamic", verbosity=0, **options)
     if scale is not None:  # apex begins at 65536 at the most
         amp.load_state_dict({"loss_scaler0": {"loss_scale": scale, "unskipped": 0}})

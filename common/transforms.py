@@ -1,33 +1,38 @@
 """From the bytes of image files to batches of uint8 crops: decode, crop, resize, flip, in worker processes."""
 
-import concurrent.futures
+import atexit
+import collections
+import contextlib
+import importlib
 import io
 import itertools
 import math
 import mmap
 import multiprocessing
+import os
 import random
 import re
 import signal
 import struct
+import sys
 import warnings
-from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import torch
 from PIL import Image
 
 import common
-from common.device import keep_freed_memory, seed_everything
+from common.device import keep_freed_memory
 from common.distributed import STOP_SIGNALS, end_with_parent
 from common.errors import Stopped, UserError, printable
 
 common.require("simplejpeg")
 import simplejpeg  # noqa: E402
 
+BATCH_BYTES = 2**29  # that batches take at most, unless these are less than two: 1 GiB for train/ and val/ of a rank
+
 # PIL warns of odd files (palettes, EXIF, sizes) that it reads all the same, once per worker and without their names.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-UNREADABLE = -2  # target of an image that cannot be read
 
 
 def import_torchvision():
@@ -40,64 +45,64 @@ def import_torchvision():
         library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         import torchvision
+    except ImportError:  # 0.2, the only wheel for torch 1.5 on aarch64: it wants Pillow 6, and cannot erase
+        sys.exit("[Error] this torchvision is too old for this bundle: build torchvision 0.6.0 from its source")
     return torchvision
+
+
+def from_torchvision(name, option=None):
+    """Return `name` of torchvision's transforms, or of their v2; raise UserError for `option` without it."""
+    transforms = import_torchvision().transforms
+    if not hasattr(transforms, name):
+        with contextlib.suppress(ImportError):
+            transforms = importlib.import_module("torchvision.transforms.v2")
+    if not hasattr(transforms, name):
+        raise UserError("{}: this torchvision has no {}, install a newer one".format(option, name))
+    return getattr(transforms, name)
 
 
 class EncodedImage:
     """An image file, whose height and width in pixels are known before it is decoded.
 
-    JPEG is decoded by simplejpeg, everything else by PIL, which also has the last word on damaged files: the pixels and
-    the exceptions are PIL's.
+    simplejpeg decodes JPEG, PIL everything else and what is damaged: the pixels and the exceptions are PIL's.
     """
 
     def __init__(self, data):
-        self._data, self._height_at = data, _find_jpeg_height(data)
-        if self._height_at is None:
+        self._data, self._frame = data, None
+        if data[:2] == b"\xff\xd8" and data.rstrip(b"\0")[-2:] == b"\xff\xd9":  # a complete JPEG file
+            with contextlib.suppress(ValueError):
+                self.height, self.width, colors, _ = simplejpeg.decode_jpeg_header(data)
+                if colors in ("Gray", "YCbCr", "RGB") and self.height * self.width <= Image.MAX_IMAGE_PIXELS:
+                    # A frame of 8-bit samples, not arithmetically coded. A thumbnail before it has another size.
+                    size = re.escape(struct.pack(">HH", self.height, self.width))
+                    self._frame = re.search(rb"\xff[\xc0-\xc2]..\x08" + size, data, re.DOTALL)
+        if self._frame is None:
             self.width, self.height = Image.open(io.BytesIO(data)).size
-        else:
-            self.height, self.width = struct.unpack_from(">HH", data, self._height_at)
 
     def pixels(self, box=None):
         """Return uint8 RGB pixels [height, width, 3] of `box` (top, left, height, width), or of all, as numpy."""
         top, left, height, width = box or (0, 0, self.height, self.width)
-        # Two rows more than are needed give the last one its chroma context.
-        rows = self._first_rows_of_jpeg(min(self.height, top + height + 2))
+        rows = self._first_rows(top + height) if self._frame else None
         if rows is None:
             rows = np.array(Image.open(io.BytesIO(self._data)).convert("RGB"))
         return rows[top : top + height, left : left + width]
 
-    def _first_rows_of_jpeg(self, height):
-        """Return the first `height` rows; None where the file is damaged, or no JPEG.
+    def _first_rows(self, count):
+        """Return the first `count` rows of a JPEG file, and perhaps more; None where it is damaged.
 
-        What lies below a crop would be a third of the work. libjpeg stops after the rows that the header promises, so a
-        smaller height is written there. It then warns of the rest of the file, so that only a whole one is `strict`.
+        The others would be a third of the work. libjpeg stops after the rows that the header promises, so a smaller
+        height is written there. It then warns of the rest of the file: only a whole one is decoded with `strict`.
         """
-        if self._height_at is None:
-            return None
+        height = min(self.height, count + 2)  # two more give the last row its chroma context
         data, is_whole = bytearray(self._data), height == self.height
-        struct.pack_into(">H", data, self._height_at, height)
+        struct.pack_into(">H", data, self._frame.end() - 4, height)
         pixels = np.empty((height, self.width, 3), dtype=np.uint8)
         pixels[-1] = 0  # and stays so where the decoder gives up
-        try:
+        with contextlib.suppress(ValueError):
             pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=pixels, strict=is_whole)
-        except ValueError:
-            return None
-        return pixels if is_whole or (pixels.shape[1] == self.width and pixels[-1].any()) else None
-
-
-def _find_jpeg_height(data):
-    """Return where `data` says its height, if it is a complete JPEG file of a usual kind and size; else None."""
-    if data[:2] != b"\xff\xd8" or data.rstrip(b"\0")[-2:] != b"\xff\xd9":
+            if is_whole or (pixels.shape[1] == self.width and pixels[-1].any()):
+                return pixels
         return None
-    try:
-        height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
-        return None
-    if colors not in ("Gray", "YCbCr", "RGB") or height * width > (Image.MAX_IMAGE_PIXELS or math.inf):
-        return None
-    # A baseline, extended or progressive frame of 8-bit samples. A thumbnail before it has another size.
-    frame = re.search(rb"\xff[\xc0-\xc2]..\x08" + re.escape(struct.pack(">HH", height, width)), data, re.DOTALL)
-    return frame.end() - 4 if frame else None
 
 
 def resize(pixels, height, width, interpolation):
@@ -118,9 +123,8 @@ def resize(pixels, height, width, interpolation):
 class RandomResizedCrop:
     """Training transform: a random box of the image, resized to `size` x `size` pixels, perhaps flipped and augmented.
 
-    The box has a share in `scale` of the image's area and a width / height in `ratio`, drawn as torchvision does
-    (Szegedy et al., 2014), by Python's `random`. The interpolation "random" is "bilinear" or "bicubic" each time.
-    `augment` is a function from a PIL image to one of the same size; it may use numpy's and torch's generators too.
+    It is drawn as torchvision's: `scale` is of the share of the area, `ratio` of width / height. The interpolation
+    "random" is "bilinear" or "bicubic" each time. `augment` takes and returns a PIL image.
     """
 
     def __init__(self, size, interpolation="bilinear", scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, augment=None):
@@ -160,9 +164,12 @@ class CenterCrop:
         """Write the transformed `image` (an `EncodedImage`) into `out`, a uint8 tensor [size, size, 3]."""
         shorter = min(image.height, image.width)
         height, width = (self.resize * side // shorter for side in (image.height, image.width))
-        result = resize(image.pixels(), height, width, self.interpolation)
         top, left = round((height - self.size) / 2), round((width - self.size) / 2)
-        out.copy_(result[top : top + self.size, left : left + self.size])
+        if shorter == self.resize:  # as in a pack that was made for it
+            result = image.pixels((top, left, self.size, self.size))
+            return out.copy_(torch.from_numpy(np.ascontiguousarray(result)))
+        result = resize(image.pixels(), height, width, self.interpolation)
+        return out.copy_(result[top : top + self.size, left : left + self.size])
 
 
 def reason_of(error):
@@ -171,99 +178,95 @@ def reason_of(error):
 
 
 class Workers:
-    """`count` processes that write crops into batches in shared memory; with none of them this process does.
+    """`count` processes that call `write(rows, key, items)` on rows of batches in shared memory; with 0 this one does.
 
-    For an image that cannot be read one of the next `tries` - 1 is taken. An evaluation draws nothing: its `seed` is
-    None.
+    `write` returns a list of what it did for each of `items`, of which each has a row, numpy's or torch's first axis.
     """
 
-    def __init__(self, images, transform, batch_size, count, seed, tries, ranks):
-        """Set up the memory and start the processes. Raises UserError without enough memory."""
-        self._images, self._transform, self._count, self._seed, self._tries = images, transform, count, seed, tries
-        self._ranks, self._pending = ranks, []
-        shape = (2 * count + 1, batch_size, transform.size, transform.size, 3)
-        size = int(np.prod(shape))
+    def __init__(self, write, count, shape, ranks):
+        """Set up memory for uint8 batches of `shape`, and start the processes; all ranks call this.
+
+        Raises UserError where the memory of the node is too small for two such loaders of every rank.
+        """
+        self._write, self._ranks, size, least = write, ranks, int(np.prod(shape)), min(2, count + 1)
         with open("/proc/meminfo") as file:
             free = 1024 * int(re.search(r"MemAvailable: *(\d+)", file.read()).group(1))
-        if size * ranks.local_world_size > free:
+        free, loaders = min(ranks.all_gather(free)), 2 * ranks.local_world_size  # train/ and val/ of each rank
+        if loaders * least * size > free:
             text = "batches in memory need {:.0f} MB, {:.0f} MB are free: fewer --workers, or a smaller --batch-size"
-            raise UserError(text.format(size * ranks.local_world_size / 1e6, free / 1e6))
-        # Memory that a fork shares is not limited by the size of /dev/shm.
-        self._pixels = torch.from_numpy(np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)).view(shape)
-        if count:
-            context = multiprocessing.get_context("fork")
-            self._pool = concurrent.futures.ProcessPoolExecutor(count, context, _start, (self,))
-            # All fork now: later a thread of torch's may hold a lock, for which the fork would wait for ever.
-            self._pool.submit(int)
+            raise UserError(text.format(loaders * least * size / 1e6, free / 1e6))
+        slots = max(least, min(2 * count + 1, BATCH_BYTES // size, free // loaders // 2 // size))
+        # Memory that a fork shares is not limited by the size of /dev/shm, and is taken when it is first written.
+        memory = mmap.mmap(-1, slots * size)
+        self._batches = torch.from_numpy(np.frombuffer(memory, dtype=np.uint8)).view(slots, *shape)
+        # Where few batches fit, several processes share one: there are two pieces for each of them.
+        self._piece = -(-shape[0] // max(1, -(-2 * count // max(1, slots - 1))))
+        # All fork now: later a thread of torch's may hold a lock, for which the fork would wait for ever.
+        self._pipes, self._busy = [self._start() for _ in range(count)], collections.deque()
+
+    def _start(self):
+        ours, theirs = multiprocessing.Pipe()
+        process = multiprocessing.get_context("fork").Process(target=self._serve, args=(ours, theirs))
+        process.start()
+        atexit.register(process.kill)  # it ignores what multiprocessing would send it
+        theirs.close()  # so that the pipe ends with the process
+        return ours
+
+    def _serve(self, ours, theirs):
+        os.environ.setdefault("PARENT_PID", str(os.getppid()))
+        end_with_parent()
+        for signum in STOP_SIGNALS:  # the rank decides when to end, and ends its workers
+            signal.signal(signum, signal.SIG_IGN)
+        torch.set_num_threads(1)
+        keep_freed_memory()
+        ours.close()
+        with contextlib.suppress(EOFError, OSError):  # nobody needs the batches any more
+            while True:
+                slot, first, key, items = theirs.recv()
+                try:
+                    result = self._write(self._batches[slot][first:], key, items)
+                except Exception as error:  # for `_receive`
+                    result = error
+                theirs.send(result)
 
     def batches(self, requests):
-        """Write a batch for each (epoch, positions in its order, indices of images) of `requests`, some in advance.
+        """Yield (batch, results) of each (key, items) of `requests`, some of which are worked on in advance.
 
-        Yields the pixels, uint8 [B, S, S, 3], to be used before the next; the targets, a list; and [index, reason] of
-        each bad image. Raises UserError where a process was killed, Stopped where a signal ends the wait.
+        The batch is to be used before the next. Raises what `write` raised, UserError where a process was killed,
+        Stopped where a signal ends the wait.
         """
-        concurrent.futures.wait(self._pending)  # of an epoch that was left early: they write into the same memory
-        self._pending, waiting = [], enumerate(requests)
-        for pixels in itertools.cycle(self._pixels):
-            for number, request in itertools.islice(waiting, max(1, 2 * self._count) - len(self._pending)):
-                self._pending.append(self._submit(number % len(self._pixels), *request))
-            if not self._pending:
-                return
-            targets, bad = self._result(self._pending.pop(0))
-            yield pixels, targets, bad
+        while self._busy:  # with an epoch that was left early: it has the same memory
+            self._receive()
+        begun, pipes = collections.deque(), itertools.cycle(self._pipes)
+        for number, (key, items) in enumerate(requests):
+            batch = self._batches[number % len(self._batches)]
+            if not self._pipes:
+                yield batch, self._write(batch, key, items)
+                continue
+            if len(begun) == len(self._batches) - 1:
+                yield self._finish(*begun.popleft())
+            firsts = range(0, len(items), self._piece)
+            begun.append((batch, len(firsts)))
+            for first, pipe in zip(firsts, pipes):
+                self._busy.append(pipe)
+                with contextlib.suppress(OSError):  # where the process was killed, its piece will be missed
+                    pipe.send((number % len(self._batches), first, key, items[first : first + self._piece]))
+        while begun:
+            yield self._finish(*begun.popleft())
 
-    def _submit(self, *request):
-        if self._count == 0:
-            future = concurrent.futures.Future()
-            future.set_result(self.write(*request))
-            return future
-        return self._pool.submit(_write, *request)
+    def _finish(self, batch, pieces):
+        return batch, [result for _ in range(pieces) for result in self._receive()]
 
-    def _result(self, future):
-        while not concurrent.futures.wait([future], 0.2).done:
-            if self._ranks.stop_signal and not concurrent.futures.wait([future], 1).done:
-                raise Stopped(self._ranks.stop_signal)
+    def _receive(self):
+        pipe = self._busy.popleft()
         try:
-            return future.result()
-        except BrokenProcessPool:
+            while not pipe.poll(0.2):
+                if self._ranks.stop_signal and not pipe.poll(1):
+                    raise Stopped(self._ranks.stop_signal)
+            result = pipe.recv()
+        except (EOFError, OSError):
             text = "a decoding process was killed (out of memory? see dmesg): fewer --workers or a smaller --batch-size"
             raise UserError(text) from None
-
-    def write(self, slot, epoch, positions, indices):
-        """Write the images `indices` into batch `slot`; return their targets, and [index, reason] of each bad image."""
-        targets, bad = [], []
-        for out, position, index in zip(self._pixels[slot], positions, indices):
-            if self._seed is not None:
-                seed_everything(self._seed, epoch, position)
-            targets.append(self._load(index, out, bad))
-            if targets[-1] == UNREADABLE and self._seed is not None:
-                break  # the run ends
-        return targets, bad
-
-    def _load(self, index, out, bad):
-        """Write image `index`, or the next that can be read, into `out`; return its target or `UNREADABLE`."""
-        for candidate in range(index, index + self._tries):
-            candidate %= len(self._images)
-            try:
-                self._transform(EncodedImage(self._images.read(candidate)), out)
-                return int(self._images.targets[candidate])
-            except Exception as error:  # decoders raise anything; what it was is reported
-                bad.append([candidate, reason_of(error)])
-        return UNREADABLE
-
-
-_workers = None  # in a worker process: the `Workers` that it was forked from
-
-
-def _start(workers):
-    global _workers
-    _workers = workers
-    end_with_parent()
-    for signum in STOP_SIGNALS:  # the rank decides when to end, and ends its workers
-        signal.signal(signum, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    keep_freed_memory()
-
-
-def _write(*request):
-    return _workers.write(*request)
+        if isinstance(result, Exception):
+            raise result
+        return result

@@ -1,38 +1,66 @@
-"""What the tests share: real digits to train on, and copies of bundles to run scripts in."""
+"""Fixtures that many tests share, and how tests are spread over processes."""
 
 import os
-import pathlib
+import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: threads of tests side by side would wait for each other's
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests import sample_data
-from tests.bundles import ROOT
+from tests import helpers
+from tests.npu import harness
+from tests.tools import sample_data
 
-LONG = bool(os.environ.get("LONG"))  # the same assertions with the full numbers: tests/long.sh
-# Files with results that take long to make and serve many tests: all tests of such a file run in one process.
-SHARING = ["tests/test_{}.py".format(name) for name in ("bad_numbers", "npu_ranks", "resume", "training")]
-collect_ignore = [] if "LEGACY" in os.environ else ["legacy"]  # tests/legacy.sh makes its environments
+NOT_RUN = "not run: "  # begins the reason of a test whose tools are missing
+# Files of tests that share results which take long to make: all in one process, or those of each bundle.
+SHARING = ("bundles/test_training", "npu/test_ranks", "reliability/test_resume", "reliability/test_bad_files")
+SHARING_BY_BUNDLE = ("bundles/test_runs", "legacy/test_legacy")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Give each process one test after the other, but those of a `SHARING` file together, unless --dist is given."""
+    """Give each process one test after the other, but those that share results together, unless --dist is given."""
     if config.getoption("dist") != "load":
         return None
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            path = nodeid.partition("::")[0]
-            return path if path in SHARING else nodeid
+            name = nodeid.partition("::")[0][len("tests/") : -len(".py")]
+            bundle = re.search("|".join(helpers.BUNDLES), nodeid) if name in SHARING_BY_BUNDLE else None
+            return name + bundle.group() if bundle else name if name in SHARING else nodeid
 
     return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the tests of a tier by their folder; skip those whose tools are missing, which `sessionfinish` counts."""
+    problem = harness.problem()
+    for item in items:
+        folder = item.path.parent.name
+        if folder in ("npu", "legacy"):
+            item.add_marker(folder)
+        if folder == "npu" and problem:
+            item.add_marker(pytest.mark.skip(reason=NOT_RUN + problem))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say in a line for each reason how many tests could not run."""
+    reasons = [report.longrepr[2] for report in terminalreporter.stats.get("skipped", [])]
+    reasons = [reason.partition(NOT_RUN)[2] for reason in reasons if NOT_RUN in reason]
+    for reason in sorted(set(reasons)):
+        terminalreporter.write_line("[Error] {} tests were not run: {}".format(reasons.count(reason), reason))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session, exitstatus):
+    """End with status 3 where all passed but some could not run."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = reporter.stats.get("skipped", []) if reporter else []
+    if exitstatus == 0 and any(NOT_RUN in report.longrepr[2] for report in skipped):
+        session.exitstatus = 3
 
 
 @pytest.fixture(scope="session")
@@ -56,73 +84,21 @@ def few_digits(digits, tmp_path_factory):
     return folder
 
 
-def copy_bundle(bundle, place):
-    """Copy one bundle and common/ into the folder `place`; return the bundle's folder there."""
-    ignored = shutil.ignore_patterns("output", "*.pth.tar*", "__pycache__")
-    for name in ("common", bundle):
-        if not (place / name).exists():
-            shutil.copytree(str(ROOT / name), str(place / name), ignore=ignored)
-    return place / bundle
-
-
 @pytest.fixture
 def bundle_copy(tmp_path):
     """`copy_bundle` to a folder with a space in its name."""
-    return lambda bundle: copy_bundle(bundle, tmp_path / "a place")
+    return lambda bundle: helpers.copy_bundle(bundle, tmp_path / "a place")
 
 
-def run(command, cwd=None, timeout=300, **environment):
-    """Run `command`; return the finished process with its text in `stdout` and `stderr`."""
-    variables = dict(os.environ, **dict({"PYTHON": sys.executable}, **environment))
-    return subprocess.run(
-        [str(word) for word in command],
-        cwd=str(cwd or pathlib.Path.home()),
-        env=variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        universal_newlines=True,
-        timeout=timeout,
-    )
+@pytest.fixture(scope="session")
+def noise(tmp_path_factory):
+    """Forty training and ten validation images of two classes."""
+    return helpers.make_images(tmp_path_factory.mktemp("noise"))
 
 
-def run_script(bundle, name, *options, **kwargs):
-    """Run test/train_<name>.sh of the bundle's folder `bundle`."""
-    return run(["bash", bundle / "test" / "train_{}.sh".format(name), *options], **kwargs)
-
-
-SMALL = {  # two images on a last map of 1x1 would leave BatchNorm two numbers, and gradients beyond all bounds
-    "MnasNet": ["--arch", "mnasnet0_5", "--image-size", "64"],
-    "SPNASNet_100": ["--image-size", "64"],
-    "SPACH-SMLP": ["--image-size", "32"],
-    "PnasNet5Large": ["--image-size", "64", "--aux-weight", "0"],
-    "ShuffleNetV2": ["--arch", "shufflenet_v2_x0_5", "--image-size", "32"],
-}
-
-
-def small(bundle):
-    """Return flags that make a bundle's network and images small enough for a test; any new bundle needs some."""
-    return SMALL[bundle]
-
-
-def assert_refused(process, status, *words):
-    """Assert one clear line with `words`, the exit status, and nothing that looks like a result or a crash."""
-    text = process.stdout + (process.stderr or "")
-    assert process.returncode == status, text
-    errors = [line for line in text.splitlines() if line.startswith("[Error]")]
-    assert len(errors) == 1, text
-    for word in words:
-        assert word in errors[0]
-    assert "Final" not in text
-    assert "traceback" not in text.lower()  # "(traceback in FILE)" too: an error that nobody has foreseen
-
-
-def result_file(bundle, kind, device_id=0):
-    """Return the keys and values of the run's only ..._<kind>.log."""
-    (path,) = (bundle / "test" / "output" / str(device_id)).glob("*_{}.log".format(kind))
-    return dict(line.split(" = ", 1) for line in path.read_text().splitlines())
-
-
-def loss_file(bundle, device_id=0):
-    """Return the losses of the run's loss file."""
-    (path,) = (bundle / "test" / "output" / str(device_id)).glob("train_*_loss.txt")
-    return [float(line) for line in path.read_text().split()]
+@pytest.fixture(scope="session")
+def mnasnet():
+    """A process that has imported MnasNet's main.py and forks runs of it."""
+    server = helpers.Server("MnasNet")
+    yield server
+    server.close()

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The bundles on the versions of torch that the published tables name: bash tests/legacy.sh
-# Makes an environment per version in .legacy/ from 1.5_ and 1.8_requirements.txt (LONG=1: and one of torch 2.1), then
-# runs tests/legacy/test_legacy.py on two bundles at a time. Exit status 3: an interpreter is missing, nothing passed.
+# The bundles on the versions of torch that the published tables name: bash tests/legacy.sh [--all] [pytest's options]
+# Makes an environment per version in .legacy/ from 1.5_ and 1.8_requirements.txt (--all: and one of torch 2.1), then
+# runs the tier `legacy` (--all: its long forms too). Exit status 3: an interpreter is missing, its tests were not run.
 # PYTHON: the interpreter with tests/requirements.txt (default: .venv/bin/python).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -28,18 +28,20 @@ make_environment() { # version of torch, interpreter, arguments of pip install
     fi
 }
 
-versions='1.5=3.7 1.8=3.8'
-[ -z "${LONG:-}" ] || versions+=' 2.1=3.10'
-LEGACY='' missing='' environments=()
+versions='1.5=3.7 1.8=3.8' tier='legacy and not slow'
+if [ "${1:-}" = --all ]; then
+    versions+=' 2.1=3.10' tier=legacy
+    shift
+fi
+missing='' environments=()
 for pair in $versions; do
     torch=${pair%=*} wanted=${pair#*=}
     interpreter=$(find_python "$wanted")
     if [ -z "$interpreter" ]; then
-        printf 'not run: Python %s is not here (neither on the PATH nor in pyenv), so torch %s was not tested\n' "$wanted" "$torch" >&2
+        printf '[Error] Python %s is missing (neither on the PATH nor in pyenv): torch %s is not tested\n' "$wanted" "$torch" >&2
         missing=yes
         continue
     fi
-    LEGACY+="$torch=$PWD/.legacy/$torch/bin/python "
     case $torch in
     2.1) packages=(torch==2.1.0 torchvision==0.16.0 'numpy<2' pillow simplejpeg safetensors tqdm timm==1.0.31) ;;
     *) packages=(-r "SPACH-SMLP/${torch}_requirements.txt") ;; # of the five the one with the most in it
@@ -48,7 +50,5 @@ for pair in $versions; do
     environments+=($!)
 done
 for pid in "${environments[@]}"; do wait "$pid"; done
-export LEGACY OMP_NUM_THREADS=1 # two at a time
-[ -z "$LEGACY" ] || find . -mindepth 2 -maxdepth 2 -name main.py -printf '%h\n' | cut -c3- | sort |
-    xargs -P 2 -I{} "$python" -m pytest -q -p no:cacheprovider -k {} "$@" tests/legacy/test_legacy.py
+"$python" -m pytest -n 2 -m "$tier" "$@" tests/legacy
 [ -z "$missing" ] || exit 3

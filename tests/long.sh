@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The long form of the checks: the same assertions with the full numbers, an hour or more on two cores.
+# All tests: the default tier, slow, npu and legacy. Hours on two cores. Options are pytest's.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export LONG=1
-bash tests/legacy.sh
-exec .venv/bin/python -m pytest "$@"
+status=0
+bash tests/legacy.sh --all "$@" || status=$?
+.venv/bin/python -m pytest -n 2 -m "not legacy" "$@" || status=$?
+exit "$status"

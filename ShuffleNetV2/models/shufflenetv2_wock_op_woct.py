@@ -4,8 +4,7 @@ Those leave tensors that are not contiguous, which Ascend's kernels first have t
 stacking the branches on a new axis after the channels shuffles them in the one copy that concatenating costs anyway.
 A gather (`index_select`) would do as well, but is slower, and its gradient is a scatter-add.
 
-Images in channels_last memory, as on CPU and CUDA, stay in it: there one copy shuffles too, on the last axis, and
-chunk's gradient is one copy, where that of two slices takes five.
+Images in channels_last memory, as on CPU and CUDA, stay in it: there one copy shuffles too, on the last axis.
 """
 
 import torch
@@ -20,16 +19,47 @@ def _in_channels_last(x):
     return isinstance(x, torch.Tensor) and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
+class Halves(torch.autograd.Function):
+    """The channels of `x` before and from number `half` on: slices, whose own gradients would be padded and added."""
+
+    @staticmethod
+    def forward(ctx, x, half):
+        return x[:, :half], x[:, half:]
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return torch.cat(gradients, 1), None
+
+
+class Interleave(torch.autograd.Function):
+    """The channels of `kept` and `new` [N, C, H, W] in turn, all in channels_last memory, as are their gradients.
+
+    Those of `torch.stack` would be every second number of a larger tensor, which other layers read ten times slower.
+    """
+
+    @staticmethod
+    def forward(ctx, kept, new):
+        kept, new = kept.permute(0, 2, 3, 1), new.permute(0, 2, 3, 1)
+        pixels = kept.new_empty(*kept.shape, 2)
+        pixels[..., 0], pixels[..., 1] = kept, new
+        return pixels.flatten(3).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        pixels = gradient.permute(0, 2, 3, 1)
+        pairs = pixels.reshape(*pixels.shape[:3], -1, 2).permute(4, 0, 1, 2, 3).contiguous()
+        return tuple(branch.permute(0, 3, 1, 2) for branch in pairs)
+
+
 class InvertedResidual(shufflenetv2.InvertedResidual):
     def halves(self, x):
-        if _in_channels_last(x):
-            return x.chunk(2, 1)
+        if isinstance(x, torch.Tensor) and x.requires_grad:
+            return Halves.apply(x, self.half)
         return x[:, : self.half], x[:, self.half :]
 
     def shuffle(self, kept, new):
         if _in_channels_last(new):
-            pixels = [branch.permute(0, 2, 3, 1) for branch in (kept, new)]
-            return torch.stack(pixels, 4).flatten(3).permute(0, 3, 1, 2)
+            return Interleave.apply(kept, new)
         return torch.stack((kept, new), 2).flatten(1, 2)
 
 

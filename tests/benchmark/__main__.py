@@ -11,8 +11,10 @@ COMPARISONS = {
     "loader": "images/s of the loaders",
     "step": "images/s of a training step, five networks",
     "script": "FPS of train_performance_1p.sh against a bare loop",
+    "ranks": "images/s of two ranks against a bare loop of DistributedDataParallel",
     "start": "seconds to the first step with 100,000 files",
     "evaluate": "images/s of an evaluation",
+    "cuda": "images/s of a training step on a GPU, five networks",
 }
 
 
@@ -20,7 +22,7 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m tests.benchmark", description=__doc__)
     text = "; ".join("{}: {}".format(*item) for item in COMPARISONS.items())
     parser.add_argument("names", nargs="*", help=text + ". step.MnasNet is one network of `step`")
-    parser.add_argument("--compile", action="store_true", help="`step` also times torch.compile of the others")
+    parser.add_argument("--compile", action="store_true", help="`step` and `cuda` also time torch.compile")
     args = parser.parse_args()
     os.environ["PYTHON"] = sys.executable  # for the scripts
     print(measure.machine(), flush=True)
@@ -28,7 +30,7 @@ def main():
         comparison, _, network = name.partition(".")
         module = importlib.import_module("tests.benchmark." + comparison)
         details = [network] * bool(network)
-        options = {"compiled": True} if args.compile and comparison == "step" else {}
+        options = {"compiled": True} if args.compile and comparison in ("step", "cuda") else {}
         print("\n`python -m tests.benchmark {}{}`\n".format(name, " --compile" * bool(options)), flush=True)
         module.run(*details, **options)
 

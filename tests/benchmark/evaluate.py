@@ -1,6 +1,7 @@
 """Images/s of an evaluation: ours against timm's validate.py with its defaults, same folder, network and weights."""
 
 import os
+import shutil
 import tempfile
 import types
 
@@ -8,9 +9,9 @@ import timm
 import timm.data
 import torch
 
-from common import arguments, device, weights
+from common import arguments, device, pack, weights
 from tests.benchmark import data, measure
-from tests.bundles import imported
+from tests.helpers import imported
 
 CLASSES, IMAGES, BATCH, WORKERS = 8, 128, 64, 2
 
@@ -27,7 +28,7 @@ def ours(folder, path):
         model = main.build_model(args, CLASSES, weights.read(path), card, log)
         log = types.SimpleNamespace(
             batches=lambda loader: loader.batches(),
-            evaluation=lambda epoch, loader, counts: (100 * counts[0].item() / len(loader),),
+            evaluation=lambda epoch, loader, counts: (100 * counts[:, 0].sum().item() / len(loader),),
         )
         return lambda: main.evaluate(loader, model, card, log, 0)
 
@@ -68,8 +69,10 @@ def run(rounds=3):
         path = os.path.join(folder, "weights.pth")
         torch.manual_seed(0)
         torch.save(timm.create_model("spnasnet_100", num_classes=CLASSES).state_dict(), path)
-        forms = {"ours": (ours, folder, path), "timm's validate": (timms, folder, path)}
-        turns = measure.in_turns(forms, rounds)
+        pack.main([folder, folder + "-raw"])
+        forms = {"ours": (ours, folder, path), "ours, pack of raw pixels": (ours, folder + "-raw", path)}
+        turns = measure.in_turns(dict(forms, **{"timm's validate": (timms, folder, path)}), rounds)
+        shutil.rmtree(folder + "-raw")
     rows = measure.rates(turns, IMAGES, "ours")
     print(measure.table(["SPNASNet_100, evaluation", "images/s", "ours is faster by"], rows))
-    print("\nAcc@1 {:.3f} and {:.3f}".format(*(turn.result for turn in turns.values())))
+    print("\nAcc@1 " + ", ".join("{:.3f}".format(turn.result) for turn in turns.values()))

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from common.device import processor_name
+from common.device import processor
 
 Turn = collections.namedtuple("Turn", "seconds cpu_seconds result")
 
@@ -85,4 +85,4 @@ def machine():
     text = "{}, {} cores, torch {}, {} threads, torchvision {}, timm {}, Pillow {}"
     cores = len(os.sched_getaffinity(0))
     versions = torch.__version__, torch.get_num_threads(), torchvision.__version__, timm.__version__, PIL.__version__
-    return text.format(processor_name(), cores, *versions)
+    return text.format(processor()[0], cores, *versions)

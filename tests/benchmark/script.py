@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from tests.benchmark import measure
-from tests.bundles import ROOT
+from tests.helpers import ROOT
 
 BATCH, STEPS, ROUNDS = 16, 30, 3
 
@@ -23,9 +23,20 @@ print("FPS", {batch} * ({steps} - 5) / (time.perf_counter() - started))
 """
 
 
-def _rate(command, pattern):
-    output = subprocess.run(command, stdout=subprocess.PIPE, cwd=str(ROOT), check=True, universal_newlines=True).stdout
-    return float(re.search(pattern, output).group(1))
+def compare(title, commands):
+    """Run `commands`, {name: (command, pattern of the images/s in what it prints)}, in turns; print a table.
+
+    The last of them is the bare loop.
+    """
+    rates = {name: [] for name in commands}
+    for _ in range(ROUNDS):
+        for name, (command, pattern) in commands.items():
+            process = subprocess.run(command, stdout=subprocess.PIPE, cwd=str(ROOT), check=True)
+            rates[name].append(float(re.search(pattern, process.stdout.decode()).group(1)))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    bare = list(medians.values())[-1]
+    rows = [[name, "{:.1f}".format(value), "{:.3f}".format(value / bare)] for name, value in medians.items()]
+    print(measure.table([title, "images/s", "share of the bare loop"], rows))
 
 
 def run(bundle="MnasNet"):
@@ -33,12 +44,5 @@ def run(bundle="MnasNet"):
     script = ["bash", str(ROOT / bundle / "test" / "train_performance_1p.sh"), "--device=cpu"]
     script += ["--batch_size={}".format(BATCH), "--max_steps={}".format(STEPS)]
     bare = [sys.executable, "-c", BARE.format(bundle=bundle, batch=BATCH, steps=STEPS)]
-    rates = {"train_performance_1p.sh": [], "bare loop": []}
-    for _ in range(ROUNDS):
-        rates["train_performance_1p.sh"].append(_rate(script, r"Final Performance images/sec : ([\d.]+)"))
-        rates["bare loop"].append(_rate(bare, r"FPS ([\d.]+)"))
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    rows = [
-        [name, "{:.1f}".format(value), "{:.3f}".format(value / medians["bare loop"])] for name, value in medians.items()
-    ]
-    print(measure.table([bundle, "images/s", "share of the bare loop"], rows))
+    commands = {"train_performance_1p.sh": (script, r"Final Performance images/sec : ([\d.]+)")}
+    compare(bundle, dict(commands, **{"bare loop": (bare, r"FPS ([\d.]+)")}))

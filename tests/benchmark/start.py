@@ -5,7 +5,7 @@ import tempfile
 import time
 
 from tests.benchmark import data, measure
-from tests.bundles import ROOT
+from tests.helpers import ROOT
 
 CLASSES, FILES = 1000, 100000
 

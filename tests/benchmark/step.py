@@ -1,6 +1,7 @@
 """Training steps on the CPU: ours, and torchvision's or timm's network of the same name in its usual forms."""
 
 import contextlib
+import types
 
 import timm
 import torch
@@ -9,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from common import arguments, device, precision
 from tests.benchmark import measure
-from tests.bundles import imported
+from tests.helpers import imported
 
 # Bundle: batch, side of the images, rounds, whose network, options of ours that leave out what theirs has not.
 NETWORKS = {
@@ -36,13 +37,14 @@ def ours(bundle):
         model = main.build_model(args, 1000, None, card, None)
         optimizer, _ = main.build_optimizer(args, card, model)
     mixed = precision.Precision(card, args, model, optimizer)
+    batch = types.SimpleNamespace(weight=1.0, ends_step=True)
     images, targets = sample(bundle)
     images = card.prepare(images)
 
     def step():
-        with mixed.autocast():
+        with mixed.autocast(model, batch):
             loss = cross_entropy(model.train()(images), targets)
-        mixed.step(loss, optimizer)
+        mixed.step(loss, optimizer, batch)
 
     return step
 
@@ -88,7 +90,7 @@ def run(bundle=None, compiled=False):
         forms[owner + ", channels_last"] = theirs, name, True
         if compiled:
             forms[owner + ", channels_last, compiled"] = theirs, name, True, False, True
-        if device.has_fast_bfloat16():  # elsewhere it takes ten times as long
+        if device.processor()[1]:  # elsewhere it takes ten times as long
             forms[owner + ", channels_last, bfloat16"] = theirs, name, True, True
             if compiled:
                 forms[owner + ", channels_last, bfloat16, compiled"] = theirs, name, True, True, True

@@ -5,8 +5,7 @@ import sys
 import numpy as np
 import torch
 
-from tests.bundles import imported
-from tests.deterministic import fill_, images
+from tests.helpers import fill_, images, imported
 
 bundle, size, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 with imported(bundle, "main") as main:

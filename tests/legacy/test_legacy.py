@@ -2,29 +2,51 @@
 
 import itertools
 import json
-import os
 import sys
 
 import numpy as np
 import pytest
 import torch
 
-from tests.bundles import BUNDLES, ROOT
-from tests.conftest import LONG, assert_refused, copy_bundle, loss_file, result_file, run, run_script, small
+from tests.helpers import (
+    BUNDLES,
+    ROOT,
+    assert_refused,
+    copy_bundle,
+    loss_file,
+    result_file,
+    run,
+    run_script,
+    small,
+    tiers,
+)
 
-OLD = dict(pair.split("=") for pair in os.environ.get("LEGACY", "").split())
-PYTHONS = dict(OLD, newest=sys.executable)
+OLD = ("1.5", "1.8")  # of torch; tests/legacy.sh makes their environments
+PYTHONS = {version: ROOT / ".legacy" / version / "bin" / "python" for version in (*OLD, "2.1")}
+PYTHONS["newest"] = sys.executable
 STAND_INS = ROOT / "tests" / "legacy" / "stand_ins"
 PAIRS = list(itertools.permutations(PYTHONS, 2))  # who saves, who goes on
-CIRCLE = list(zip(PYTHONS, [*PYTHONS][1:] + [*PYTHONS][:1]))  # every other pair, of three versions
-RESUMED = [(bundle, *pair) for bundle in BUNDLES for pair in PAIRS]
-if not LONG:  # of SGD's pairs and AdamW's each one half
-    RESUMED = [("MnasNet", *pair) for pair in CIRCLE] + [("SPACH-SMLP", *pair[::-1]) for pair in CIRCLE]
+CIRCLE = [("1.5", "1.8"), ("1.8", "newest"), ("newest", "1.5")]  # every other pair, of three versions
+# Of SGD's pairs and AdamW's each one half; all of them in the long form.
+RESUMED = [("MnasNet", *pair) for pair in CIRCLE] + [("SPACH-SMLP", *pair[::-1]) for pair in CIRCLE]
+RESUMED = tiers(RESUMED, [(bundle, *pair) for bundle in BUNDLES for pair in PAIRS])
 # torch 1.8 takes seconds for a step of PNASNet: it computes depthwise convolutions of 96, 216, 432 and 864 channels one
 # channel at a time.
-TRAINED = [(b, v) for b in BUNDLES for v in OLD if LONG or (b, v) != ("PnasNet5Large", "1.8")]
-ON_TWO_RANKS = [(b, v) for b, v in TRAINED if LONG or b != "PnasNet5Large"]
+ALL = [(bundle, version) for bundle in BUNDLES for version in (*OLD, "2.1")]
+SHORT = [(bundle, version) for bundle, version in ALL if version != "2.1"]
+TRAINED = tiers([pair for pair in SHORT if pair != ("PnasNet5Large", "1.8")], ALL)
+ON_TWO_RANKS = tiers([pair for pair in SHORT if pair[0] != "PnasNet5Large"], ALL)
 TRAINING = ["--batch_size=8", "--workers=1", "--learning_rate=0.001"]
+
+
+@pytest.fixture(autouse=True)
+def environment_of_old_torch(request):
+    """Skip a test of which a version of torch is not here."""
+    values = getattr(request.node, "callspec", None)
+    versions = [value for value in values.params.values() if value in PYTHONS] if values else ["1.5"]
+    for version in versions or ["1.5"]:
+        if version != "newest" and not PYTHONS[version].exists():
+            pytest.skip("not run: no torch {} in .legacy: bash tests/legacy.sh".format(version))
 
 
 def run_legacy(version, bundle, name, *options, **environment):
@@ -38,24 +60,25 @@ def logits(tmp_path_factory):
     """A function that returns a bundle's logits as a version of torch computes them."""
     folder, found = tmp_path_factory.mktemp("logits"), {}
 
-    def compute(version, bundle):
-        if (version, bundle) not in found:
-            path = folder / "{}-{}.npy".format(bundle, version)
-            size = (331 if bundle == "PnasNet5Large" else 224) if LONG else 64
+    def compute(version, bundle, size):
+        if (version, bundle, size) not in found:
+            path = folder / "{}-{}-{}.npy".format(bundle, version, size)
             command = [PYTHONS[version], ROOT / "tests" / "legacy" / "logits.py", bundle, size, path]
             process = run(command, cwd=ROOT, PYTHONPATH=str(ROOT))
             assert process.returncode == 0, process.stderr
-            found[version, bundle] = np.load(str(path))
-        return found[version, bundle]
+            found[version, bundle, size] = np.load(str(path))
+        return found[version, bundle, size]
 
     return compute
 
 
-@pytest.mark.parametrize("version", OLD)
+@pytest.mark.parametrize("size", tiers([64], [224]))
+@pytest.mark.parametrize("version", tiers(OLD, ["2.1"]))
 @pytest.mark.parametrize("bundle", BUNDLES)
-def test_logits(bundle, version, logits):
-    newest = logits("newest", bundle)
-    assert np.abs(logits(version, bundle) - newest).max() < 1e-5 * np.abs(newest).max()
+def test_logits(bundle, version, size, logits):
+    size = 331 if (bundle, size) == ("PnasNet5Large", 224) else size
+    newest = logits("newest", bundle, size)
+    assert np.abs(logits(version, bundle, size) - newest).max() < 1e-5 * np.abs(newest).max()
 
 
 @pytest.mark.parametrize("bundle, version", TRAINED)
@@ -114,7 +137,6 @@ def on_emulated_npu(bundle, name, calls, *options, version="1.5", **environment)
     return process, [json.loads(line) for line in calls.read_text().splitlines()] if calls.exists() else []
 
 
-@pytest.mark.skipif("1.5" not in OLD, reason="needs torch 1.5")
 @pytest.mark.parametrize("bundle, level, bounds, scale", [
     ("MnasNet", "O1", (None, 2.0**24), 2.0**15),
     ("ShuffleNetV2", "O2", (64.0, 64.0), 64.0),  # fixed: it stays
@@ -148,7 +170,6 @@ def test_mixed_precision_by_apex(bundle, level, bounds, scale, bundle_copy, few_
     assert calls[1:] == [{"loaded": scale}]
 
 
-@pytest.mark.skipif("1.5" not in OLD, reason="needs torch 1.5")
 def test_fused_optimizers_need_mixed_precision_MnasNet(bundle_copy, few_digits, tmp_path):
     options = ["--data_path={}".format(few_digits), "--opt-level=O0", "--fused-optimizer", *small("MnasNet")]
     process, calls = on_emulated_npu(bundle_copy("MnasNet"), "full_1p", tmp_path / "calls", *options)
@@ -156,7 +177,6 @@ def test_fused_optimizers_need_mixed_precision_MnasNet(bundle_copy, few_digits, 
     assert calls == []
 
 
-@pytest.mark.skipif("1.5" not in OLD, reason="needs torch 1.5")
 def test_the_unrelated_apex_is_ignored_with_a_line_MnasNet(bundle_copy, tmp_path):
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("raise ImportError('pyramid_mailer')")

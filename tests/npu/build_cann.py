@@ -14,7 +14,7 @@ import zlib
 
 HERE = pathlib.Path(__file__).resolve().parent
 CANN_SYMBOL = re.compile(r"^(acl|rt|Msprof|Hccl|ge|Adx)[A-Z]\w*$|^aclrt\w+$|^aclmdl\w+$|^aclop\w+$")
-ALIASES = ("acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel", "hcomm", "ascend_hal")
+ALIASES = ("acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel", "hcomm", "ascend_hal", "msprofiler")
 
 
 def checksum():

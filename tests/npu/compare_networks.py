@@ -9,8 +9,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 import common  # noqa: F401  isort: skip
 import torch
 
-from tests import deterministic
-from tests.bundles import BUNDLES, imported
+from tests.helpers import BUNDLES, fill_, images, imported
 
 ARCHITECTURES = {
     "MnasNet": lambda models: models.mnasnet0_5(10),
@@ -33,10 +32,10 @@ def run(model, images):
 
 for bundle in BUNDLES:
     with imported(bundle) as models:
-        model = deterministic.fill_(ARCHITECTURES[bundle](models).double()).float()
-    images = deterministic.images(4, 64).float()
+        model = fill_(ARCHITECTURES[bundle](models).double()).float()
+    inputs = images(4, 64).float()
     on_card = copy.deepcopy(model).to("npu:0")
-    for ours, theirs in zip(run(model, images), run(on_card, images.to("npu:0"))):
+    for ours, theirs in zip(run(model, inputs), run(on_card, inputs.to("npu:0"))):
         assert theirs.device.type == "npu"
         assert (ours - theirs.cpu()).abs().max() <= 1e-5 * ours.abs().max() + 1e-9, bundle
     print(bundle, "equal")

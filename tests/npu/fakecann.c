@@ -144,7 +144,7 @@ int aclrtUnSubscribeReport(uint64_t thread, void *stream) { return OK; }
 int aclrtProcessReport(int milliseconds) { return OK; }
 int aclrtPeekAtLastError(int level) { return OK; }
 
-/* --- first-generation operators: those that read and clear the overflow flag, and a copy */
+/* --- first-generation operators: those that read and clear the overflow flag, a copy, and a constant */
 struct buffer { void *data; size_t size; };
 void *aclCreateDataBuffer(void *data, size_t size) {
     struct buffer *buffer = malloc(sizeof *buffer);
@@ -153,14 +153,27 @@ void *aclCreateDataBuffer(void *data, size_t size) {
 int aclDestroyDataBuffer(void *buffer) { return free(buffer), OK; }
 void *aclGetDataBufferAddr(struct buffer *buffer) { return buffer->data; }
 size_t aclGetDataBufferSizeV2(struct buffer *buffer) { return buffer->size; }
-void *aclCreateTensorDesc(int type, int dimensions, const int64_t *sizes, int format) { return calloc(1, 64); }
+struct description { int type, dimensions; int64_t sizes[8]; };
+void *aclCreateTensorDesc(int type, int dimensions, const int64_t *sizes, int format) {
+    struct description *result = calloc(1, sizeof *result);
+    *result = (struct description){type, dimensions > 8 ? 8 : dimensions};
+    memcpy(result->sizes, sizes, result->dimensions * sizeof *sizes);
+    return result;
+}
+static size_t width(const struct description *description) { /* of a number of this aclDataType, in bytes */
+    static const unsigned char widths[28] = {4, 2, 1, 4, 1, 0, 2, 2, 4, 8, 8, 8, 1, [27] = 2};
+    return widths[description->type];
+}
+int aclSetTensorPlaceMent(void *description, int place) { return OK; }
+int aclopSetAttrString(void *attribute, const char *name, const char *value) { return OK; }
+int aclopSetAttrBool(void *attribute, const char *name, unsigned char value) { return OK; }
 void aclDestroyTensorDesc(void *description) { free(description); }
 int aclSetTensorFormat(void *description, int format) { return OK; }
 int aclSetTensorShape(void *description, int dimensions, const int64_t *sizes) { return OK; }
 void *aclopCreateAttr(void) { return calloc(1, 64); }
 void aclopDestroyAttr(void *attribute) { free(attribute); }
-int aclopCompileAndExecute(const char *type, int inputs, void **in_desc, struct buffer **in, int outputs,
-                           void **out_desc, struct buffer **out, void *attribute, int engine, int compile,
+int aclopCompileAndExecute(const char *type, int inputs, struct description **in_desc, struct buffer **in, int outputs,
+                           struct description **out_desc, struct buffer **out, void *attribute, int engine, int compile,
                            const char *path, void *stream) {
     if (strncmp(type, "NPUGetFloatStatus", 17) == 0) {
         memset(out[0]->data, 0, out[0]->size);
@@ -171,9 +184,29 @@ int aclopCompileAndExecute(const char *type, int inputs, void **in_desc, struct 
         memset(out[0]->data, 0, out[0]->size);
     } else if (strcmp(type, "Identity") == 0) {
         memcpy(out[0]->data, in[0]->data, out[0]->size < in[0]->size ? out[0]->size : in[0]->size);
+    } else if (strcmp(type, "Fill") == 0) { /* its inputs are a shape and a number */
+        size_t size = width(out_desc[0]);
+        for (size_t at = 0; at + size <= out[0]->size; at += size) memcpy((char *)out[0]->data + at, in[1]->data, size);
+    } else if (strcmp(type, "PadV3") == 0) { /* of rows, with zeros behind them, as torch_npu's allgather does it */
+        int last = in_desc[0]->dimensions - 1;
+        size_t from = width(in_desc[0]) * in_desc[0]->sizes[last], to = width(in_desc[0]) * out_desc[0]->sizes[last];
+        memset(out[0]->data, 0, out[0]->size);
+        for (size_t row = 0; (row + 1) * from <= in[0]->size && (row + 1) * to <= out[0]->size; row++)
+            memcpy((char *)out[0]->data + row * to, (char *)in[0]->data + row * from, from);
     } else {
         fprintf(stderr, "fake CANN: operator %s is not emulated\n", type);
         return 100024; /* ACL_ERROR_OP_NOT_FOUND */
     }
     return OK;
 }
+
+/* --- the profiler (libmsprofiler): it records nothing, torch_npu adds what the host did */
+int aclprofInit(const char *path, size_t length) { return OK; }
+int aclprofFinalize(void) { return OK; }
+int aclprofWarmup(const void *config) { return OK; }
+int aclprofStart(const void *config) { return OK; }
+int aclprofStop(const void *config) { return OK; }
+int aclprofSetConfig(int type, const char *value, size_t length) { return OK; }
+void *aclprofCreateConfig(uint32_t *cards, uint32_t count, int metrics, void *events, uint64_t types) { return &current; }
+int aclprofDestroyConfig(const void *config) { return OK; }
+int aclprofRegisterDeviceCallback(void) { return OK; }

@@ -2,26 +2,33 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 
-import pytest
-
-from tests.bundles import ROOT
+from tests import helpers
+from tests.helpers import ROOT
 from tests.npu import build_cann
 
 NPU = ROOT / "tests" / "npu"
 PYTHON = NPU / "build" / "venv" / "bin" / "python"
 CANN = NPU / "build" / "cann"
 CHIPS = ("Ascend910A", "Ascend910B3")  # the first generation, and Atlas A2
-LONG = bool(os.environ.get("LONG"))
+
+
+def problem():
+    """Return why nothing can run on the emulated cards, or None."""
+    built = CANN / "checksum"
+    if PYTHON.exists() and built.exists() and built.read_text() == build_cann.checksum():
+        return None
+    missing = [tool for tool in ("gcc", "g++", "nm") if not shutil.which(tool)]
+    if missing:
+        return "{} is missing (apt-get install build-essential), then: bash tests/npu/build.sh".format(missing[0])
+    return "the emulated NPU is not built, or from other sources: bash tests/npu/build.sh"
 
 
 def environment(cann=True, **variables):
     """Return the environment of a host with cards, or with torch_npu alone; `variables` choose cards and faults."""
-    built = CANN / "checksum"
-    if not (PYTHON.exists() and built.exists() and built.read_text() == build_cann.checksum()):
-        pytest.fail("the NPU environment is not built, or from other sources: bash tests/npu/build.sh", pytrace=False)
     result = {key: value for key, value in os.environ.items() if not key.startswith(("ASCEND_", "FAKE_NPU_", "HCCL_"))}
     if cann:
         command = ["bash", "-c", 'source "$0" && env -0', str(CANN / "set_env.sh")]
@@ -31,7 +38,7 @@ def environment(cann=True, **variables):
     return result
 
 
-def run(command, timeout=240, cann=True, **variables):
+def run(command, timeout=900, cann=True, **variables):
     """Run `command`, a list; return the finished process with what it wrote in `stdout`. Nothing outlives it."""
     process = subprocess.Popen(
         [str(word) for word in command],
@@ -53,6 +60,11 @@ def assert_fine(process):
     """Check that the command ended well, and that the fake was not asked for what it cannot do."""
     assert process.returncode == 0, process.stdout
     assert "is not emulated" not in process.stdout, process.stdout
+
+
+def small(bundle):
+    """Return the flags of a bundle's small network, of convolutions."""
+    return [*helpers.small(bundle), *(["--arch", "smlpnet_tiny"] if bundle == "SPACH-SMLP" else [])]
 
 
 def cards(ranks):

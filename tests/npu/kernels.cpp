@@ -249,6 +249,9 @@ at::Tensor contiguous(const at::Tensor& t, at::MemoryFormat format) {
   return t.is_contiguous() ? t : copy_of(t, format);
 }
 
+// All memory is in plain order here: no private formats.
+at::Tensor as_it_is(const at::Tensor& t, int64_t, std::optional<int64_t>, std::optional<int64_t>) { return t; }
+
 // As the first generation's: the flag of this card, not the gradients, says whether one overflowed, and is cleared then.
 void check_flag_and_unscale_(at::TensorList gradients, at::Tensor& found, const at::Tensor& inverse_scale) {
   if (fake_npu_overflow()) {
@@ -304,6 +307,8 @@ extern "C" int install() {
   npu.impl("copy_", TORCH_FN(copy_));
   npu.impl("clone", TORCH_FN(copy_of));
   npu.impl("contiguous", TORCH_FN(contiguous));
+  static torch::Library formats(torch::Library::IMPL, "npu", DispatchKey::PrivateUse1, __FILE__, __LINE__);
+  formats.impl("npu_format_cast", TORCH_FN(as_it_is));
   if (fake_npu_is_first_generation())
     npu.impl("_amp_foreach_non_finite_check_and_unscale_", TORCH_FN(check_flag_and_unscale_));
   return replaced;

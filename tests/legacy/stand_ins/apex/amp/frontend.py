@@ -49,6 +49,7 @@ def initialize(
     _state.scale = min(max_loss_scale, dynamic_init_scale) if _state.dynamic else float(loss_scale)
     _state.min_scale, _state.max_scale, _state.window = min_loss_scale or 0.0, max_loss_scale, scale_window
     _state.unskipped = _state.steps = 0
+    _state.is_patched = False
     optimizers._amp_stash = True
     ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     _record(opt_level=opt_level, loss_scale=loss_scale, min_loss_scale=min_loss_scale, max_loss_scale=max_loss_scale,
@@ -67,10 +68,12 @@ def scale_loss(loss, optimizers, loss_id=0, model=None, delay_unscale=False, del
     overflow = overflow or not all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
     if overflow and _state.dynamic:
         _state.scale, _state.unskipped = max(_state.min_scale, _state.scale / 2), 0
-        step = optimizers.step
+        if _state.is_patched:  # by an earlier backward pass of the same step
+            return
+        step, _state.is_patched = optimizers.step, True
 
         def skip(closure=None):
-            optimizers.step = step
+            optimizers.step, _state.is_patched = step, False
 
         optimizers.step = skip
         return
