@@ -58,12 +58,7 @@ def build_parser():
     add("--lr", "--learning-rate", type=positive_float, default=0.1, help="for the batch of all cards")
     add("--schedule", default="cosine", choices=["cosine", "linear"], help="how --lr falls to 0 after the warm-up")
     add("--warmup-epochs", type=nonnegative_float, default=5, metavar="N", help="before --lr is reached")
-    add(
-        "--warmup-method",
-        default="linear",
-        choices=["linear", "constant"],
-        help="constant: --warmup-start until its end",
-    )
+    add("--warmup-method", default="linear", choices=["linear", "constant"], help="constant: --warmup-start to its end")
     add("--warmup-start", type=share, default=0.1, help="share of --lr at the beginning")
     add("--optimizer", default="nesterov", choices=["nesterov", "sgd", "rmsprop"], help="all with --momentum")
     add("--momentum", type=share, default=0.9, help="of the gradients' average")

@@ -68,12 +68,7 @@ def build_parser():
         metavar="N",
         help="before --lr is reached",
     )
-    add(
-        "--warmup-method",
-        default="linear",
-        choices=["linear", "constant"],
-        help="constant: --warmup-start until its end",
-    )
+    add("--warmup-method", default="linear", choices=["linear", "constant"], help="constant: --warmup-start to its end")
     add("--warmup-start", type=share, default=0.1, help="share of --lr at the beginning")
     add("--momentum", type=share, default=0.0, help="of the gradients' average")
     add("--wd", "--weight-decay", dest="weight_decay", type=nonnegative_float, default=1e-4, help="of all parameters")

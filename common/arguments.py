@@ -107,7 +107,7 @@ def add_shared(parser, amp=False, opt_level="O1", loss_scale="dynamic"):
     add("--amp-dtype", default="auto", choices=["auto", "float16", "bfloat16"], help="auto: float16 on cards")
     add("--loss-scale", "--loss_scale", type=scale, default=loss_scale, metavar="N|dynamic", help="of float16")
     add("--memory-format", default="auto", choices=["auto", "contiguous"], help="auto: channels last, not on NPU")
-    add("--torch-layers", action="store_true", help="on a CPU: torch's own layers, not the faster forms")
+    add("--torch-layers", action="store_true", help="on CPU and CUDA: torch's own layers, not the faster forms")
     modes = {"nargs": "?", "const": "default", "choices": ["default", "reduce-overhead", "max-autotune"]}
     add("--compile", **modes, help="torch.compile: a minute or more once, then faster steps (%(choices)s)")
     add("--cpu-batch-size", type=positive_int, metavar="N", help="replaces --batch-size on a CPU")

@@ -94,7 +94,7 @@ class Device:
                 self._copies = self.module.Stream()
         if hasattr(torch.backends.cuda, "matmul"):  # float32 is float32; mixed precision leaves no product to TF32
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        # cuDNN tries its algorithms: half a minute, then faster steps.
+        # cuDNN tries its algorithms: the first step takes long, the others less.
         torch.backends.cudnn.benchmark = not (args.evaluate or args.export or args.predict)
         self.ranks.join(args.dist_backend or {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}[self.type])
         seed_everything(args.seed)

@@ -1,6 +1,5 @@
 """Ranks: this process's place among all processes of a job, and the launcher that starts one for each card."""
 
-import contextlib
 import ctypes
 import datetime
 import importlib.util
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from common import npu
 from common.errors import Stopped, UserError, print_error
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -157,13 +157,8 @@ def spawn(args, argv):
     end_with_parent()
     count, own, fork = len(card_ids(args)), Ranks(), multiprocessing.get_context("fork")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // count)))
-    if args.device == "npu" and count == torch.npu.device_count() and "ASCEND_RT_VISIBLE_DEVICES" not in os.environ:
-        # Each rank keeps to the cores near its card. torch_npu shares cores out among all cards, used or not.
-        affinity = "1"
-        with contextlib.suppress(OSError):
-            ctypes.CDLL("libdcmi.so")  # without it torch_npu cannot ask which cores are near a card, and fails
-            affinity = "1,npu_affine:1"
-        os.environ.setdefault("CPU_AFFINITY_CONF", affinity)
+    if args.device == "npu":
+        npu.bind_cores(count)
     script = [os.path.abspath(sys.argv[0]), *(sys.argv[1:] if argv is None else argv)]
     job = args, count, _node_0(args), script
     processes = [fork.Process(name="the launcher", target=_run_torchrun, args=job)]

@@ -1,6 +1,7 @@
 """What only Ascend cards need: how torch_npu is set up and compiles, its fused optimizers, and apex (for torch 1.5)."""
 
 import contextlib
+import ctypes
 import importlib
 import inspect
 import os
@@ -55,6 +56,15 @@ def set_up(backend, args):
             folder = os.environ.get("ACL_OP_COMPILER_CACHE_DIR") or os.path.expanduser("~/.cache/ascend_operators")
             cache = {"ACL_OP_COMPILER_CACHE_MODE": "enable", "ACL_OP_COMPILER_CACHE_DIR": folder}
             backend.set_option(cache)
+
+
+def bind_cores(count):
+    """Have torch_npu keep each of `count` ranks to the cores near its card, where the job has all cards of the host."""
+    if count == torch.npu.device_count() and "ASCEND_RT_VISIBLE_DEVICES" not in os.environ:
+        with contextlib.suppress(OSError):
+            ctypes.CDLL("libdcmi.so")  # without it torch_npu cannot ask which cores are near a card, and fails
+            os.environ.setdefault("CPU_AFFINITY_CONF", "1,npu_affine:1")
+        os.environ.setdefault("CPU_AFFINITY_CONF", "1")
 
 
 def is_first_generation(backend):

@@ -3,7 +3,7 @@
 DST gets one file of pixels and one index for train/ and for val/, and takes the place of SRC as --data. Images whose
 shorter side is longer than --size are made that small, as for the measuring of val/: 256 suits crops of 224 pixels, 378
 those of 331; 0 leaves all as they are. They are stored decoded, which is what makes them fast to read; --format jpeg
-takes an eighth of the disk. What cannot be decoded is kept as it is: training then names it as it does in SRC. DST
+takes about a sixth of the disk. What cannot be decoded is kept as it is: training then names it as it does in SRC. DST
 appears when it is complete; what an interrupted run left is DST.part, which the next one replaces.
 """
 
@@ -195,7 +195,7 @@ def main(argv=None):
         os.replace(part, target)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
-        cure = ": --format jpeg takes an eighth" if error.errno == errno.ENOSPC and args.format == "raw" else ""
+        cure = ": --format jpeg takes about a sixth" if error.errno == errno.ENOSPC and args.format == "raw" else ""
         raise UserError("{} cannot be written: {}{}".format(target, error.strerror or error, cure)) from None
     print("{} is complete".format(target))
     return 0

@@ -30,7 +30,6 @@ common.require("simplejpeg")
 import simplejpeg  # noqa: E402
 
 BATCH_BYTES = 2**29  # that batches take at most, unless these are less than two: 1 GiB for train/ and val/ of a rank
-
 # PIL warns of odd files (palettes, EXIF, sizes) that it reads all the same, once per worker and without their names.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
@@ -52,13 +51,11 @@ def import_torchvision():
 
 def from_torchvision(name, option=None):
     """Return `name` of torchvision's transforms, or of their v2; raise UserError for `option` without it."""
-    transforms = import_torchvision().transforms
-    if not hasattr(transforms, name):
-        with contextlib.suppress(ImportError):
-            transforms = importlib.import_module("torchvision.transforms.v2")
-    if not hasattr(transforms, name):
-        raise UserError("{}: this torchvision has no {}, install a newer one".format(option, name))
-    return getattr(transforms, name)
+    import_torchvision()
+    for module in ("torchvision.transforms", "torchvision.transforms.v2"):
+        with contextlib.suppress(ImportError, AttributeError):
+            return getattr(importlib.import_module(module), name)
+    raise UserError("{}: this torchvision has no {}, install a newer one".format(option, name))
 
 
 class EncodedImage:

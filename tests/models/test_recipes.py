@@ -4,13 +4,14 @@ import math
 import random
 import re
 import shutil
+import sys
 import types
 
 import numpy as np
 import pytest
 import torch
 
-from common import checkpoint, data, transforms
+from common import checkpoint, data
 from common.errors import UserError
 from common.transforms import import_torchvision
 from tests import helpers
@@ -237,9 +238,8 @@ def test_without_these_flags_the_batch_stays_as_it_is(bundle):
     ],
 )
 def test_an_old_torchvision_is_one_line(bundle, flags, words, monkeypatch):
-    old = types.SimpleNamespace(transforms=types.SimpleNamespace())
-    monkeypatch.setattr(transforms, "import_torchvision", lambda: old)
-    monkeypatch.setitem(__import__("sys").modules, "torchvision.transforms.v2", None)
+    monkeypatch.setitem(sys.modules, "torchvision.transforms", types.SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "torchvision.transforms.v2", None)
     with imported(bundle, "main") as main, pytest.raises(UserError) as refused:
         parse(main, "--synthetic", *flags.split())
     assert words in str(refused.value) and "\n" not in str(refused.value)

@@ -248,7 +248,7 @@ def test_the_bytes_are_said_first_and_refused_where_they_are_not_free(few_digits
     assert int(said.replace(",", "")) == written - 2 * len(pack.HEAD % 0)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
     with pytest.raises(
-        UserError, match="other cannot be written: No space left on device: --format jpeg takes an eighth"
+        UserError, match="other cannot be written: No space left on device: --format jpeg takes about a sixth"
     ):
         pack.main([str(few_digits), str(tmp_path / "other")])
     assert [path.name for path in tmp_path.iterdir()] == ["packed"]
