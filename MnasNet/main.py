@@ -146,14 +146,17 @@ class Augment:
     """Random erasing, then mixup or CutMix of a batch, by torchvision's own transforms."""
 
     def __init__(self, args, num_classes):
-        self._erase = from_torchvision("RandomErasing")(args.reprob, inplace=True) if args.reprob else None
+        self._boxes = from_torchvision("RandomErasing")(args.reprob) if args.reprob else None
         alphas = {"MixUp": args.mixup, "CutMix": args.cutmix}
         self._mixes = [from_torchvision(name)(alpha=a, num_classes=num_classes) for name, a in alphas.items() if a]
 
     def __call__(self, images, targets):
         """Return float images [B, 3, H, W] and int64 targets [B]; of mixed images the shares of the classes [B, C]."""
-        for image in images if self._erase else ():
-            self._erase(image)
+        boxes = self._boxes
+        for image in images if boxes else ():
+            if torch.rand(1) < boxes.p:
+                top, left, height, width, _ = boxes.get_params(image, boxes.scale, boxes.ratio, [0.0])
+                image[:, top : top + height, left : left + width] = 0  # torchvision copies a tensor, and waits
         return random.choice(self._mixes)(images, targets) if self._mixes else (images, targets)
 
 

@@ -142,13 +142,16 @@ class RandomErasing:
     """Replace a random box of some images of a batch by noise, a number per pixel (Zhong et al., 2017; as timm's)."""
 
     def __init__(self, probability):
-        boxes = {"scale": (0.02, 1 / 3), "ratio": (0.3, 1 / 0.3)}
-        self._erase = transforms.RandomErasing(probability, value="random", inplace=True, **boxes)
+        self._boxes = transforms.RandomErasing(probability, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3))
 
     def __call__(self, images):
         """Return float `images` [B, 3, H, W], normalised, with the boxes erased in place."""
-        for image in images if self._erase.p else ():
-            self._erase(image)
+        boxes = self._boxes
+        for image in images if boxes.p else ():
+            if torch.rand(1) < boxes.p:
+                top, left, height, width, _ = boxes.get_params(image, boxes.scale, boxes.ratio, [0.0])
+                noise = torch.randn(3, height, width, device=image.device)  # torchvision's comes from the CPU and waits
+                image[:, top : top + height, left : left + width] = noise
         return images
 
 

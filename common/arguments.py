@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import math
 import os
+import re
 import sys
 from urllib.parse import urlsplit
 
@@ -22,13 +23,22 @@ MODELZOO = {  # flags of its own programs: ours; or the only value that is accep
     "--ls": "--label-smoothing",
     "--world_size": "--device-num",
     "-c": "--output-dir",
+    "--num_workers": "--workers",
+    "--model": "--arch",
+    "--sched": "--schedule",
+    "--npu": "--device-list",
+    "--eval": "--evaluate",
     "--start-epoch": ("0", "--resume FILE goes on from the epoch of its file"),
     "--local_rank": (os.environ.get("LOCAL_RANK", "0"), "start main.py once, with --device-list for its cards"),
     "--warmup-epochs": ("0", "this recipe has no warm-up"),
     "--label-smoothing": ("0", "this recipe smooths no labels"),
-    "--checkpoint-freq": ("1", "every epoch is saved; --save-steps N saves between them"),
+    "--checkpoint-freq": ("0", "every epoch is saved; --save-steps N saves between them"),
     "--run-prof": ("", "--profile N records N steps"),
     "-log": ("", "--log-dir DIR says where train_<id>.log goes, --log-id its id"),
+    "--checkpoint": ("", "--resume FILE is the checkpoint to measure, --output-dir DIR the folder of those of a run"),
+    "--remode": ("pixel", "what is erased gets random pixels"),
+    "--use_aux": (None, "--aux-weight X is its weight, 0: without"),
+    **dict.fromkeys(("--pin-mem", "--dist-eval", "--wd-all"), (None, "it is done anyway, and has no value")),
 }
 
 
@@ -73,7 +83,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        errors.print_error("{} ({} --help lists all options)".format(message, self.prog))
+        hint = "the data set: --data DIR; " if re.search("^unrecognized arguments: [^-]", message) else ""
+        errors.print_error("{} ({}{} --help lists all options)".format(message, hint, self.prog))
         sys.exit(2)
 
 
@@ -163,7 +174,7 @@ class _ModelZoo(argparse.Action):
     def __call__(self, parser, namespace, word, option_string=None):
         ours = MODELZOO[option_string.replace("-rank", "_rank")]
         if isinstance(ours, str):
-            parser.parse_args([ours, word or ""], namespace)
+            parser.parse_args([ours] if word is None else [ours, word], namespace)
         elif word != ours[0]:
             raise argparse.ArgumentError(self, ours[1])
 

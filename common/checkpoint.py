@@ -56,9 +56,12 @@ def _replacing(path, data=None):
 
 
 def write_atomic(path, data):
-    """Replace the file `path` by the bytes `data`, whole or not at all; raises OSError."""
-    with _replacing(path, data):
-        pass
+    """Replace the file `path` by the bytes `data`, whole or not at all; raises UserError where it cannot be written."""
+    try:
+        with _replacing(path, data):
+            pass
+    except OSError as error:
+        raise UserError("{} cannot be written: {}".format(path, error.strerror)) from None
 
 
 def _link(source, target):
@@ -67,8 +70,8 @@ def _link(source, target):
         with _replacing(target) as temporary:
             os.link(source, temporary)
     except OSError:
-        with open(source, "rb") as file:
-            write_atomic(target, file.read())
+        with open(source, "rb") as file, _replacing(target, file.read()):
+            pass
 
 
 def _lock(folder):

@@ -179,7 +179,7 @@ class Loader:
         self._accumulate = args.accumulate if training else 1
         self.steps = self.steps_from(0)
         if self.steps == 0:
-            raise UserError("{} has {} images: too few for {} ranks".format(images.folder, len(images), self._world))
+            raise UserError("{} has {} images, fewer than two a rank".format(images.folder, len(images)))
         self.order_facts = {"seed": args.seed, "repeats": repeats, "images": len(images), "pixels": images.pixels}
         self.order_facts["names_crc32"] = zlib.crc32(images.names.tobytes())
         self.wait_seconds = 0.0  # for workers

@@ -35,7 +35,8 @@ def choose_type(name):
     if name != "cpu" and torch.cuda.is_available():
         return "cuda"
     if name in ("gpu", "cuda"):
-        raise UserError("--device {}: this torch sees no CUDA card (nvidia-smi lists them)".format(name))
+        reason = "sees no CUDA card (nvidia-smi lists them)" if torch.version.cuda else "is built for CPUs alone"
+        raise UserError("--device {}: this torch {}".format(name, reason))
     if name == "auto" and common.NPU_PROBLEM:  # who has installed torch_npu does not want to wait for a CPU
         raise UserError("{}. --device cpu trains without it".format(common.NPU_PROBLEM))
     return "cpu"
@@ -171,7 +172,11 @@ class Device:
             # An optimizer writes its options into the groups, also when it then refuses them.
             groups = [dict(item) if isinstance(item, dict) else item for item in params]
             try:
-                return getattr(torch.optim, kind)(groups, fused=True, **options)
+                optimizer = getattr(torch.optim, kind)(groups, fused=True, **options)
+                for group in optimizer.param_groups:  # where the first step is skipped, torch's are what was in memory
+                    for param in group["params"] if group.get("momentum") else ():
+                        optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
+                return optimizer
             except (TypeError, RuntimeError) as error:  # not in this torch, or not for this device
                 if wanted == "on":
                     raise UserError("--fused-optimizer on: {}".format(str(error).splitlines()[0])) from None

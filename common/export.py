@@ -1,6 +1,5 @@
 """After training: a network as ONNX, checked against onnxruntime, its weights as safetensors, or what images show."""
 
-import contextlib
 import csv
 import inspect
 import io
@@ -21,7 +20,7 @@ BEST, TABLE = 5, "predictions.csv"
 
 
 def run(args, model, classes, crop, mean, std, card, log):
-    """Do what `--export` or `--predict` asks for, once it is sure that the file can be written.
+    """Do what `--export` or `--predict` asks for.
 
     `classes` are the names of the outputs, `crop` is the `CenterCrop` of the images, `mean` and `std` are their
     channels' (1: white). Raises UserError: no package, no image, no room, or an exported network of other logits.
@@ -35,12 +34,11 @@ def run(args, model, classes, crop, mean, std, card, log):
             log.line("{:6.2f} %  {}".format(100 * float(share), name))
         return
     path = args.export or os.path.join(args.output_dir or "", TABLE)
-    with _errors_name(path):
-        if args.predict:
-            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with open(path, "ab") as file:
-            if file.tell() == 0:  # there was none
-                os.remove(path)
+    if args.predict and args.output_dir:
+        try:
+            os.makedirs(args.output_dir, exist_ok=True)
+        except OSError as error:
+            raise UserError("--output-dir {}: {}".format(args.output_dir, error.strerror)) from None
     if args.predict:
         rows, text = _predict(args, model, classes, crop, mean, std, card, log), io.StringIO()
         head = ["image"] + ["{}{}".format(what, i + 1) for i in range(BEST) for what in ("class", "probability")]
@@ -58,17 +56,8 @@ def run(args, model, classes, crop, mean, std, card, log):
             name = error.name.partition(".")[0]
             raise UserError("--export: {} is missing: pip install {}".format(name, packages)) from None
         line = "wrote {}, {:.1f} MB: {}".format(path, len(content) / 1e6, verdict)
-    with _errors_name(path):
-        checkpoint.write_atomic(path, content)
+    checkpoint.write_atomic(path, content)
     log.line(line)
-
-
-@contextlib.contextmanager
-def _errors_name(path):
-    try:
-        yield
-    except OSError as error:
-        raise UserError("{} cannot be written: {}".format(path, error.strerror)) from None
 
 
 def _safetensors(model, half, _, metadata):

@@ -197,12 +197,14 @@ class Log:
         self._step, self._untimed_steps = self._step + 1, self._untimed_steps - 1
         self.is_complete = self._step == self._loader.steps
         is_log_point = self._step % self._args.print_freq == 0 or self._step == self._end or self._untimed_steps == 0
-        is_due = self._loader.new_bad if is_alone else len(self._since_sync) >= self._sync_every
+        is_due = len(self._since_sync) >= self._sync_every
+        if is_alone:
+            is_due = self._loader.new_bad or self._ranks.stop_signal
         if is_log_point or is_due:
             self._sync()
-        if is_log_point:
+        if is_log_point or self._stop_signal:
             self._report(learning_rate)
-        return self._ranks.stop_signal if is_alone else self._stop_signal
+        return self._stop_signal
 
     def _sync(self):
         """Add up what all ranks have done since the last time, and share their signals and bad images."""
@@ -285,10 +287,7 @@ class Log:
         table, numbers = io.StringIO(), sorted(Counter(images.targets.tolist()).items())
         rows = [[images.classes[i], n, correct[i], "{:.3f}".format(100 * correct[i] / n)] for i, n in numbers]
         csv.writer(table, lineterminator="\n").writerows([["class", "images", "correct", "Acc@1"], *rows])
-        try:
-            checkpoint.write_atomic(self._args.per_class, table.getvalue().encode("utf-8", "surrogateescape"))
-        except OSError as error:
-            raise UserError("--per-class {}: {}".format(self._args.per_class, error.strerror)) from None
+        checkpoint.write_atomic(self._args.per_class, table.getvalue().encode("utf-8", "surrogateescape"))
 
     @property
     def best_acc1(self):

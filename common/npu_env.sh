@@ -15,7 +15,7 @@ if [ -n "${ASCEND_HOME_PATH:-}" ]; then
     [[ " ${user[*]-} " != *" --compile"* ]] || queue=1                     # graphs are not recorded from a second thread
     export TASK_QUEUE_ENABLE="${TASK_QUEUE_ENABLE-${queue-2}}"             # launch kernels from a second thread
     export HCCL_CONNECT_TIMEOUT="${HCCL_CONNECT_TIMEOUT-1200}"             # ranks may start minutes apart; distributed.py: 40
-    export HCCL_IF_BASE_PORT="${HCCL_IF_BASE_PORT-29700}"                  # and 15 more, none of which Linux gives to others
+    export HCCL_IF_BASE_PORT="${HCCL_IF_BASE_PORT-29700}"                  # and 31 more, none of which Linux gives to others
     export ASCEND_SLOG_PRINT_TO_STDOUT="${ASCEND_SLOG_PRINT_TO_STDOUT-0}"  # CANN's own log goes to its files
     export ASCEND_GLOBAL_LOG_LEVEL="${ASCEND_GLOBAL_LOG_LEVEL-3}"          # errors only: lower levels slow every call
     export ASCEND_GLOBAL_EVENT_ENABLE="${ASCEND_GLOBAL_EVENT_ENABLE-0}"    # no event log either

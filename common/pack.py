@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from common import data, errors
 from common.arguments import OptionType, positive_int, whole_number
-from common.checkpoint import write_atomic
 from common.distributed import Ranks
 from common.errors import UserError, printable
 from common.transforms import EncodedImage, Workers, reason_of, resize
@@ -156,7 +155,8 @@ def pack_split(images, path, args):
             bar.update(len(results))
     index, classes = io.BytesIO(), np.array([os.fsencode(name) for name in images.classes])
     np.savez(index, classes=classes, names=images.names, places=places, size=end.value, pixels=pixels)
-    write_atomic(path + ".index.npz", index.getvalue())
+    with open(path + ".index.npz", "xb") as of_index:
+        of_index.write(index.getvalue())
     os.pwrite(file.fileno(), HEAD % zlib.crc32(index.getvalue()), 0)
     os.fsync(file.fileno())
 

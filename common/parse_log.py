@@ -98,7 +98,8 @@ def find_runs(paths):
 def row(run):
     """Return the row of a `Run` in the table: a dict from column to text, float or None."""
     facts, last = run.facts, run.train[-1] if run.train else {}
-    epochs, folder = "{:.4g}/{}".format(progress(last), facts["epochs"]) if last else None, os.path.relpath(run.folder)
+    epochs = "{:g}/{}".format(round(progress(last), 3), facts["epochs"]) if last else None
+    folder = os.path.relpath(run.folder)
     return {
         "NAME": "{} {}p-{}".format(facts["network"], facts.get("rank_size", "?"), facts.get("device", "?").upper()),
         "Acc@1": run.result.get("acc1", max((record["acc1"] for record in run.evals), default=None)),

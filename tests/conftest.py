@@ -11,11 +11,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: threads of tests side b
 
 from tests import helpers
 from tests.npu import harness
-from tests.tools import sample_data
+from tests.tools import forked_python, sample_data
 
 NOT_RUN = "not run: "  # begins the reason of a test whose tools are missing
 # Files of tests that share results which take long to make: all in one process, or those of each bundle.
-SHARING = ("bundles/test_training", "npu/test_ranks", "reliability/test_resume", "reliability/test_bad_files")
+SHARING = (
+    "bundles/test_training",
+    "bundles/test_accumulation",
+    "bundles/test_fine_tuning",
+    "npu/test_ranks",
+    "reliability/test_resume",
+    "reliability/test_bad_files",
+)
 SHARING_BY_BUNDLE = ("bundles/test_runs", "legacy/test_legacy")
 
 
@@ -82,6 +89,43 @@ def few_digits(digits, tmp_path_factory):
             for image in sorted(source.iterdir())[:count]:
                 shutil.copy(image, target)
     return folder
+
+
+@pytest.fixture(scope="session")
+def quick_python(tmp_path_factory):
+    """The path of a `python` that starts at once."""
+    server = forked_python.Server(tmp_path_factory.mktemp("python"))
+    yield server.path
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def quick_npu_python(tmp_path_factory):
+    """A function that returns the path of a `python` that has imported torch_npu already, on a host with this chip."""
+    servers = {}
+
+    def path(chip):
+        if chip not in servers:
+            environment = harness.environment(FAKE_NPU_SOC=chip, PYTHON="")
+            servers[chip] = forked_python.Server(tmp_path_factory.mktemp("python"), harness.PYTHON, environment)
+        return servers[chip].path
+
+    yield path
+    for server in servers.values():
+        server.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_start(request):
+    """Have scripts, `main_py` and ranks start with these; a test of the start itself names another."""
+    folder = request.path.parent.name
+    with pytest.MonkeyPatch.context() as patch:
+        if folder == "npu" and not harness.problem():
+            patch.setattr(harness, "quick_python", request.getfixturevalue("quick_npu_python"))
+        elif folder not in ("npu", "legacy", "benchmark"):
+            for name in ("PYTHON", "PYTHON_EXEC"):  # for common/launch.sh, for torchrun
+                patch.setenv(name, request.getfixturevalue("quick_python"))
+        yield
 
 
 @pytest.fixture

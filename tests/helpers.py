@@ -80,6 +80,12 @@ def run(command, cwd=None, timeout=900, **environment):
     )
 
 
+def main_py(bundle, *flags, **kwargs):
+    """Run a bundle's main.py on the CPU; return the finished process."""
+    python = os.environ.get("PYTHON", sys.executable)
+    return run([python, ROOT / bundle / "main.py", "--device=cpu", *flags], **kwargs)
+
+
 def run_script(bundle, name, *options, **kwargs):
     """Run test/train_<name>.sh of the bundle's folder `bundle`."""
     return run(["bash", bundle / "test" / "train_{}.sh".format(name), *options], **kwargs)
@@ -352,9 +358,9 @@ class FakeRanks:
             return tensor
         barrier, tensors = self._shared
         tensors[self.rank] = tensor.clone()
-        barrier.wait(20)
+        barrier.wait(LIMIT)
         total = sum(tensors)
-        barrier.wait(20)
+        barrier.wait(LIMIT)
         return total
 
 
@@ -500,8 +506,8 @@ class Job:
     def __init__(self, words, log, **environment):
         self.log, self._mark = pathlib.Path(str(log)), "CHAOS_MARK={}".format(uuid.uuid4().hex)
         key, value = self._mark.split("=")
-        variables = dict(os.environ, PYTHON=sys.executable, OMP_NUM_THREADS="1", **{key: value})
-        variables.update(environment)
+        variables = dict(os.environ, PYTHON=sys.executable, PYTHON_EXEC=sys.executable, OMP_NUM_THREADS="1")
+        variables.update(environment, **{key: value})
         with open(str(self.log), "wb") as file:
             self.process = subprocess.Popen(
                 [str(word) for word in words], env=variables, stdout=file, stderr=file, preexec_fn=_as_from_a_terminal

@@ -141,7 +141,7 @@ def test_what_an_operator_sets_for_several_nodes_stands_in_the_readme():
     text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Several nodes")[2].partition("\n## ")[0]
     for word in ("HCCL_SOCKET_IFNAME", "HCCL_IF_IP", "GLOO_SOCKET_IFNAME", "HCCL_HOST_SOCKET_PORT_RANGE=auto"):
         assert word in text
-    assert str(distributed.DEFAULT_PORT) in text and "29700 to 29715" in text
+    assert str(distributed.DEFAULT_PORT) in text and "29700 to 29731" in text
     job = (ROOT / "two_nodes.sbatch").read_text(encoding="utf-8")
     assert "test/train_full_8p.sh" in job and "--nodes=2" in job and "--ntasks-per-node=1" in job
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from tests.helpers import BUNDLES, ROOT, imported, run
+from tests.helpers import BUNDLES, ROOT, imported, main_py
 from tests.tools import copies
 
 ORDER = [
@@ -82,10 +82,10 @@ def test_main_has_every_argument_of_its_seed(bundle, monkeypatch):
     assert_help_is_readable(text)
 
 
-def test_main_prints_its_help_and_refuses_what_it_does_not_know(forked_python):
-    process = run([forked_python, ROOT / "MnasNet" / "main.py", "--help"])
+def test_main_prints_its_help_and_refuses_what_it_does_not_know():
+    process = main_py("MnasNet", "--help")
     assert process.returncode == 0 and "--batch-size" in process.stdout, process.stderr
-    refused = run([forked_python, ROOT / "MnasNet" / "main.py", "--no-such-flag"])
+    refused = main_py("MnasNet", "--no-such-flag")
     assert refused.returncode == 2 and "--no-such-flag" in refused.stderr
 
 

@@ -1,14 +1,14 @@
 """One short run of each bundle on two ranks, and what it must leave: log, weights, checkpoints, a run to go on with."""
 
 import json
+import os
 import re
-import sys
 
 import pytest
 import torch
 
 from tests import helpers
-from tests.helpers import BUNDLES, LINE, ROOT, run, small
+from tests.helpers import BUNDLES, LINE, ROOT, main_py, run, small
 
 MODULES = 15  # of common/ that a training run loads
 EACH_BUNDLE = pytest.mark.parametrize("bundle", BUNDLES)
@@ -22,7 +22,7 @@ class ShortRun:
         flags = ["--data", data, "--workers=1", "--device=cpu", "--output-dir", folder, "--log-dir", folder, "-p", "1"]
         self.flags = [*flags, *small(bundle), "-b", "4"]
         cards = ["--device-list", ",".join(map(str, range(ranks)))]
-        command = [sys.executable, ROOT / "tests" / "bundles" / "rank_weights.py", folder, ROOT / bundle]
+        command = [os.environ["PYTHON"], ROOT / "tests" / "bundles" / "rank_weights.py", folder, ROOT / bundle]
         process = run([*command, *self.flags, *cards, "--epochs=1", "--max-steps=2"], timeout=600)
         assert process.returncode == 0, process.stdout + process.stderr
         self.screen = process.stdout
@@ -40,21 +40,6 @@ def short_run(few_digits, tmp_path_factory):
         return made[bundle, ranks]
 
     return make
-
-
-@pytest.fixture(scope="session")
-def forked():
-    """A function that runs a bundle's main.py in a process that has imported it already; returns (status, text)."""
-    servers = {}
-
-    def run_forked(bundle, words, log):
-        if bundle not in servers:
-            servers[bundle] = helpers.Server(bundle)
-        return servers[bundle].run(words, log)
-
-    yield run_forked
-    for server in servers.values():
-        server.close()
 
 
 @EACH_BUNDLE
@@ -104,33 +89,33 @@ def test_the_checkpoints_are_there_and_hold_what_a_run_needs(bundle, short_run):
 
 
 @EACH_BUNDLE
-def test_one_rank_measures_the_digits_that_two_have_measured(bundle, short_run, forked, tmp_path):
+def test_one_rank_measures_the_digits_that_two_have_measured(bundle, short_run, tmp_path):
     finished = short_run(bundle)
     words = [*finished.flags, "-b", "7", "--evaluate", "--resume", finished.folder / "checkpoint.pth.tar"]
-    status, text = forked(bundle, [*words, "--log-dir", tmp_path], tmp_path / "screen")
-    assert status == 0, text
+    process = main_py(bundle, *words, "--log-dir", tmp_path)
+    assert process.returncode == 0, process.stderr
     measured = re.search(r"^ \* Acc@1 [\d.]+ Acc@5 [\d.]+$", finished.screen, re.MULTILINE).group()
-    assert measured in text.splitlines()
+    assert measured in process.stdout.splitlines()
 
 
 @EACH_BUNDLE
-def test_a_run_of_two_ranks_goes_on_with_one(bundle, short_run, forked, tmp_path):
+def test_a_run_of_two_ranks_goes_on_with_one(bundle, short_run, tmp_path):
     finished = short_run(bundle)
     words = [*finished.flags, "--epochs=2", "--max-steps=5", "--eval-freq=0", "--output-dir", tmp_path]
     words += ["--log-dir", tmp_path, "--resume", finished.folder / "checkpoint.pth.tar"]
-    status, text = forked(bundle, words, tmp_path / "screen")
-    assert status == 0, text
-    assert re.search(r"resumed \S+checkpoint.pth.tar: epoch \d, \d+ samples done", text)
-    assert len(re.findall(r"^Epoch: \[", text, re.MULTILINE)) == 1
+    process = main_py(bundle, *words)
+    assert process.returncode == 0, process.stderr
+    assert re.search(r"resumed \S+checkpoint.pth.tar: epoch \d, \d+ samples done", process.stdout)
+    assert len(re.findall(r"^Epoch: \[", process.stdout, re.MULTILINE)) == 1
 
 
 @pytest.mark.slow
 @EACH_BUNDLE
-def test_eight_ranks_end_with_the_same_weights_and_measure_what_one_does(bundle, short_run, forked, tmp_path):
+def test_eight_ranks_end_with_the_same_weights_and_measure_what_one_does(bundle, short_run, tmp_path):
     finished = short_run(bundle, 8)
     assert len(finished.weights) == 8 and len(set(finished.weights)) == 1
     words = [*finished.flags, "-b", "7", "--evaluate", "--resume", finished.folder / "checkpoint.pth.tar"]
-    status, text = forked(bundle, [*words, "--log-dir", tmp_path], tmp_path / "screen")
-    assert status == 0, text
+    process = main_py(bundle, *words, "--log-dir", tmp_path)
+    assert process.returncode == 0, process.stderr
     measured = re.search(r"^ \* Acc@1 [\d.]+ Acc@5 [\d.]+$", finished.screen, re.MULTILINE).group()
-    assert measured in text.splitlines()
+    assert measured in process.stdout.splitlines()

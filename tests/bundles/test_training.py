@@ -27,14 +27,14 @@ DIGITS = ["--batch_size=32", "--image-size=48", "--learning_rate=0.02", "--warmu
 
 
 @pytest.fixture(scope="module")
-def trained(digits, tmp_path_factory, forked_python):
+def trained(digits, tmp_path_factory, quick_python):
     """A copy of MnasNet, trained for a few epochs on the digits."""
     place = tmp_path_factory.mktemp("trained")
     ignored = shutil.ignore_patterns("output", "*.pth.tar*", "__pycache__")
     for name in ("common", "MnasNet"):
         shutil.copytree(str(ROOT / name), str(place / name), ignore=ignored)
     options = ["--data_path={}".format(digits), "--epochs=6", "--arch=mnasnet0_5", "--crop-scale=0.6", *DIGITS]
-    process = run_script(place / "MnasNet", "full_1p", *options, PYTHON=forked_python)
+    process = run_script(place / "MnasNet", "full_1p", *options, PYTHON=quick_python)
     assert process.returncode == 0, process.stdout + process.stderr
     return place / "MnasNet"
 
@@ -119,9 +119,9 @@ def test_two_nodes_end_with_equal_weights(way, few_digits, tmp_path):
         if way == "flags":
             node_flags = ["--world-size", "2", "--rank", node, "--device-list", "0,1"]
             node_flags += ["--dist-url", "tcp://127.0.0.1:{}".format(port)]
-            command = [sys.executable, *script, *flags, "--multiprocessing-distributed", *node_flags]
+            command = [os.environ["PYTHON"], *script, *flags, "--multiprocessing-distributed", *node_flags]
         else:
-            torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", node]
+            torchrun = [os.environ["PYTHON"], "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", node]
             torchrun += ["--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", port]
             command = [*torchrun, *script, *flags]
         log = open(str(tmp_path / "node{}".format(node)), "w")

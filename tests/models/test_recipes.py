@@ -14,7 +14,6 @@ import torch
 from common import checkpoint, data
 from common.errors import UserError
 from common.transforms import import_torchvision
-from tests import helpers
 from tests.helpers import BUNDLES, ROOT, fill_, images, imported, run_script, small
 from tests.tools import sample_data
 
@@ -23,6 +22,7 @@ from timm.data.mixup import Mixup  # noqa: E402
 from timm.data.random_erasing import RandomErasing  # noqa: E402
 from timm.scheduler import CosineLRScheduler  # noqa: E402
 from timm.utils import ModelEmaV2  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torchvision.transforms import v2  # noqa: E402
 
 FLAGS = "--synthetic --device cpu --lr 0.1 --epochs 300 --wd 1e-5 -b 8 --dropout 0"
@@ -299,6 +299,28 @@ def test_random_erasing_is_noise_per_pixel():
     assert abs(noise.mean().item()) < 0.02 and noise.std().item() == pytest.approx(1.0, abs=0.02)
 
 
+class Copies(TorchDispatchMode):
+    """Counts copies from one device to another, for which a card's queue would have to end."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += len({item.device for item in args if isinstance(item, torch.Tensor)}) > 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bundle", ["SPNASNet_100", "SPACH-SMLP", "MnasNet", "ShuffleNetV2"])
+def test_random_erasing_copies_nothing_to_the_card(bundle):
+    with imported(bundle, "main") as main:
+        erase = getattr(main, "RandomErasing", lambda share: None)(1.0)
+        if erase is None:
+            augment = main.Augment(parse(main, "--synthetic", "--reprob", "1"), 10)
+            erase = lambda images: augment(images, None)  # noqa: E731
+    with Copies() as copies:
+        erase(torch.ones(8, 3, 64, 64, device="meta"))  # a device that is not the CPU, with no memory
+    assert copies.count == 0
+
+
 @pytest.mark.parametrize("count", [8, 7])
 def test_mixup_targets_are_timms(count):
     with imported("SPACH-SMLP", "main") as main:
@@ -412,15 +434,15 @@ class _Loader:
             yield data.Batch(pixels, targets, 1.0, epoch + step / 20, 8 * (step + 1))
 
 
-def test_rmsprop_and_the_average_resume_to_the_bit(few_digits, tmp_path):
-    server, flags = helpers.Server("MnasNet"), "--arch mnasnet0_5 --image-size 32 -b 8 -j 1 --device cpu --epochs 2"
+def test_rmsprop_and_the_average_resume_to_the_bit(mnasnet, few_digits, tmp_path):
+    flags = "--arch mnasnet0_5 --image-size 32 -b 8 -j 1 --device cpu --epochs 2"
     flags += " --optimizer rmsprop --lr 0.01 --norm-weight-decay 0 --ema-decay 0.9 --eval-ema --mixup 0.2 --reprob 0.5"
     words = [*flags.split(), "--data", few_digits, "--eval-freq", "0"]
     for folder, steps in (("whole", [4]), ("parts", [2, 4])):
         for count in steps:
             more = ["--resume", tmp_path / folder / "checkpoint.pth.tar"] if count != steps[0] else []
             command = [*words, *more, "--max-steps", str(count), "--output-dir", tmp_path / folder]
-            status, text = server.run(command, tmp_path / "log")
+            status, text = mnasnet.run(command, tmp_path / "log")
             assert status == 0, text
     whole, parts = (checkpoint.read(str(tmp_path / name / "checkpoint.pth.tar")) for name in ("whole", "parts"))
     for name in ("state_dict", "state_dict_ema"):
@@ -429,9 +451,8 @@ def test_rmsprop_and_the_average_resume_to_the_bit(few_digits, tmp_path):
     assert all(torch.equal(states[0][n][key], states[1][n][key]) for n in states[0] for key in states[0][n])
     assert not torch.equal(whole["state_dict"]["layers.0.weight"], whole["state_dict_ema"]["layers.0.weight"])
     path = tmp_path / "whole" / "checkpoint.pth.tar"
-    status, text = server.run([*words, "--optimizer", "sgd", "--resume", path, "--no-save"], tmp_path / "log")
+    status, text = mnasnet.run([*words, "--optimizer", "sgd", "--resume", path, "--no-save"], tmp_path / "log")
     assert status == 1 and "{} has no optimizer: --pretrained takes its weights".format(path) in text
-    server.close()
 
 
 def commands_of(bundle, name):

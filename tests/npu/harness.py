@@ -16,6 +16,11 @@ CANN = NPU / "build" / "cann"
 CHIPS = ("Ascend910A", "Ascend910B3")  # the first generation, and Atlas A2
 
 
+def quick_python(chip):
+    """Return the Python of a host with this chip; tests/conftest.py has one that starts at once."""
+    return str(PYTHON)
+
+
 def problem():
     """Return why nothing can run on the emulated cards, or None."""
     built = CANN / "checksum"
@@ -34,15 +39,22 @@ def environment(cann=True, **variables):
         command = ["bash", "-c", 'source "$0" && env -0', str(CANN / "set_env.sh")]
         lines = subprocess.run(command, env=result, check=True, stdout=subprocess.PIPE, universal_newlines=True).stdout
         result = dict(line.split("=", 1) for line in lines.split("\0") if line)
-    result.update(PYTHON=str(PYTHON), OMP_NUM_THREADS="1", **variables)
+    result.update(variables, OMP_NUM_THREADS="1")
+    if "PYTHON" not in variables:
+        result["PYTHON"] = quick_python(variables.get("FAKE_NPU_SOC", CHIPS[1]))
+    result["PYTHON_EXEC"] = result["PYTHON"]  # of the ranks
     return result
 
 
 def run(command, timeout=900, cann=True, **variables):
-    """Run `command`, a list; return the finished process with what it wrote in `stdout`. Nothing outlives it."""
+    """Run `command`, a list; return the finished process with what it wrote in `stdout`. Nothing outlives it.
+
+    Its Python has imported torch_npu before it begins (tests/tools/forked_python.py), unless `variables` have PYTHON.
+    """
+    variables = environment(cann, **variables)
     process = subprocess.Popen(
-        [str(word) for word in command],
-        env=environment(cann, **variables),
+        [variables["PYTHON"] if word == PYTHON else str(word) for word in command],
+        env=variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         universal_newlines=True,

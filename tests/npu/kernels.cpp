@@ -31,7 +31,7 @@ struct Statistics {
   std::mutex mutex;
   std::map<int, std::map<std::string, long>> calls;  // card -> operator -> number
   long copies_to_host = 0, largest_to_host = 0, copies_to_card = 0;
-  const pid_t process = getpid();  // forked workers inherit the numbers, and must not write them
+  pid_t process = 0;  // the one that computes: forked workers inherit the numbers, and must not write them
 
   static const char* rank() {
     const char* text = std::getenv("RANK");
@@ -39,6 +39,7 @@ struct Statistics {
   }
   long count(int card, const std::string& name) {
     std::lock_guard<std::mutex> lock(mutex);
+    if (!process) process = getpid();
     return ++calls[card][name];
   }
   void count_copy(const at::Tensor& to, const at::Tensor& from) {

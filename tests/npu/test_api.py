@@ -101,4 +101,4 @@ for name in json.loads(sys.argv[1]):
             wrong.append(name)
 assert not wrong, wrong
 """
-    assert_fine(run([PYTHON, "-c", code, json.dumps(list(NAMES[NEWEST]))]))
+    assert_fine(run([PYTHON, "-c", code, json.dumps(list(NAMES[NEWEST]))], PYTHON=str(PYTHON)))

@@ -30,8 +30,9 @@ def assert_one_line(process, *words):
         assert word in line
 
 
+REAL = {"PYTHON": str(PYTHON)}  # one that imports torch_npu where there is no card
 FAULTS = {
-    "no card": (NPU, {"FAKE_NPU_COUNT": "0"}, ["sees no card", "npu-smi"]),
+    "no card": (NPU, {"FAKE_NPU_COUNT": "0", **REAL}, ["sees no card", "npu-smi"]),
     "hidden cards": (NPU, {"ASCEND_RT_VISIBLE_DEVICES": ""}, ["sees no card", "ASCEND_RT_VISIBLE_DEVICES="]),
     "renumbered": (
         [*NPU, "--device-list=3"],
@@ -39,7 +40,7 @@ FAULTS = {
         ["has 2 (0 to 1)", "numbers those"],
     ),
     "more ranks than cards": (cards(2), {"FAKE_NPU_COUNT": "1"}, ["card 1", "has 1 (0 to 0)"]),
-    "card cannot be opened": (NPU, {"FAKE_NPU_MISSING": "0"}, ["is the card healthy (npu-smi info)"]),
+    "card cannot be opened": (NPU, {"FAKE_NPU_MISSING": "0", **REAL}, ["is the card healthy (npu-smi info)"]),
     "memory": (NPU, {"FAKE_NPU_MEMORY_MIB": "12"}, ["out of memory", "a smaller --batch-size (--lr in proportion)"]),
     "hccl timeout": (
         cards(2),
@@ -53,7 +54,7 @@ FAULTS = {
     ),
     "formats on a CPU": (["--device=cpu", "--internal-format=on"], {}, ["are the NPU's; this device is cpu"]),
     "graphs and a queue": ([*NPU, "--compile"], {"TASK_QUEUE_ENABLE": "2"}, ["export TASK_QUEUE_ENABLE=1"]),
-    "CANN is gone": (NPU, {"ASCEND_HOME_PATH": "/nowhere"}, ["/nowhere", "set_env.sh"]),
+    "CANN is gone": (NPU, {"ASCEND_HOME_PATH": "/nowhere", **REAL}, ["/nowhere", "set_env.sh"]),
 }
 
 

@@ -282,7 +282,7 @@ def test_without_a_visible_card_the_cpu_trains(few_digits):
     """torch_npu's own patches of the optimizers and of the data loader look for a card."""
     flags = ["--data", few_digits, "-b", "8", "--max-steps=2", "--workers=1", "--no-save", "--device=cpu"]
     for variables in ({"FAKE_NPU_COUNT": "0"}, {"FAKE_NPU_MISSING": "0"}):
-        assert "Epoch: [0]" in main("MnasNet", *flags, **variables)
+        assert "Epoch: [0]" in main("MnasNet", *flags, PYTHON=str(PYTHON), **variables)
 
 
 def test_the_old_habits_work(bundle_copy):

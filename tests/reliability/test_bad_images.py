@@ -147,7 +147,7 @@ def test_a_set_without_a_single_image_ends_at_once(workers, tmp_path):
     assert "; --max-bad-images allows 299: " in str(caught.value)  # there is no other to train on
 
 
-def test_names_cannot_write_into_the_log(tmp_path):
+def test_names_cannot_write_into_the_log(mnasnet, tmp_path):
     """Class and file names with line feeds, tabs, escapes, and bytes that are no UTF-8."""
     plain = odd_images()["plain.jpg"]
     classes = [b"a\nEpoch: [9]", b"b\t * Acc@1 99.9", b"c\x1b[2J", b"d\xff\xfe", "e\u202e".encode()]
@@ -159,13 +159,11 @@ def test_names_cannot_write_into_the_log(tmp_path):
             for number in range(4):
                 with open(os.path.join(folder, b"%d\n=> result {}\xff.jpg" % number), "wb") as file:
                     file.write(b"" if number == 3 else plain)
-    server = helpers.Server("MnasNet")
     words = helpers.flags("MnasNet", tmp_path / "set", tmp_path, "--epochs", "1", "--max-bad-images", "0.3")
     words += ["--log-dir", tmp_path / "log"]
-    status, text = server.run(words, tmp_path / "screen")
+    status, text = mnasnet.run(words, tmp_path / "screen")
     assert status == 0, text
-    status, again = server.run([*words, "--resume", "auto"], tmp_path / "screen")
-    server.close()
+    status, again = mnasnet.run([*words, "--resume", "auto"], tmp_path / "screen")
     assert status == 0, again
     for written in (text, (tmp_path / "log" / "train_0.log").read_text()):
         lines = written.splitlines()
@@ -187,13 +185,15 @@ def test_two_ranks_share_one_budget_and_one_list(tmp_path):
     for name in ("0000.jpg", "0010.jpg", "0020.jpg", "0030.jpg"):
         (data / "train" / "class0" / name).write_bytes(b"")
     (data / "val" / "class0" / "0000.jpg").write_bytes(b"")
-    words = helpers.command("MnasNet", data, tmp_path / "out", "--device-list", "0,1")
-    job = helpers.Job([*words, "--max-bad-images", "0.1"], tmp_path / "log")
-    assert job.end() == 0, job.text()
-    assert len(re.findall(r"\[Warning\] \S+/train/\S+ cannot be read: UnidentifiedImageError", job.text())) == 4
-    assert len(re.findall(r"\[Warning\] \S+/val/\S+ cannot be read", job.text())) == 1
-    assert job.text().count("1 validation images could not be read; they count as wrong") == 2  # epochs
-    job = helpers.Job([*words, "--max-bad-images", "0.08"], tmp_path / "log")
-    assert job.end() == 1, job.text()
+    words = [*helpers.flags("MnasNet", data, tmp_path / "out", "--device-list", "0,1"), "--max-bad-images"]
+    process = helpers.main_py("MnasNet", *words, "0.1")
+    text = process.stdout + process.stderr
+    assert process.returncode == 0, text
+    assert len(re.findall(r"\[Warning\] \S+/train/\S+ cannot be read: UnidentifiedImageError", text)) == 4
+    assert len(re.findall(r"\[Warning\] \S+/val/\S+ cannot be read", text)) == 1
+    assert text.count("1 validation images could not be read; they count as wrong") == 2  # epochs
+    process = helpers.main_py("MnasNet", *words, "0.08")
+    text = process.stdout + process.stderr
+    assert process.returncode == 1, text
     line = r"^\[Error.*4 of 40 images of .* cannot be read; --max-bad-images allows 3: "
-    assert len(re.findall(line, job.text(), re.M)) == 1
+    assert len(re.findall(line, text, re.M)) == 1

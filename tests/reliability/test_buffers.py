@@ -1,14 +1,13 @@
 """BatchNorm's statistics on several ranks: averaged for an evaluation, kept for each rank by a checkpoint."""
 
 import signal
-import sys
 
 import pytest
 import torch
 
 from common import checkpoint, distributed
 from tests import helpers
-from tests.helpers import ROOT, run
+from tests.helpers import main_py
 
 
 def norms(*means):
@@ -70,35 +69,25 @@ def data(tmp_path_factory):
 def test_two_ranks_that_were_stopped_go_on_with_statistics_of_their_own(data, tmp_path):
     """The weights and the average that the evaluation takes end as those of the run that nobody has stopped."""
     outs = tmp_path / "whole", tmp_path / "stopped"
-    words = [helpers.command("MnasNet", data, out, "--device-list", "0,1", "--resume", "auto") for out in outs]
-    job = helpers.Job(words[0], tmp_path / "log")
-    assert job.end(120) == 0, job.text()
-    job = helpers.Job(words[1], tmp_path / "log")
+    words = [helpers.flags("MnasNet", data, out, "--device-list", "0,1", "--resume", "auto") for out in outs]
+    assert main_py("MnasNet", *words[0]).returncode == 0
+    job = helpers.Job(helpers.command("MnasNet", data, outs[1], *words[1]), tmp_path / "log")
     job.wait_for(r"Epoch: \[0\]\[ +2/")
     job.process.send_signal(signal.SIGTERM)
-    assert job.end(60) == 143, job.text()
+    assert job.end() == 143, job.text()
     content = checkpoint.read(str(outs[1] / "checkpoint.pth.tar"))
     (own,) = content["rank_buffers"]
     assert content["samples"] > 0 and len(own) == 2 and not torch.equal(*own)
-    job = helpers.Job(words[1], tmp_path / "log")
-    assert job.end(120) == 0, job.text()
+    assert main_py("MnasNet", *words[1]).returncode == 0
     helpers.assert_equal(*(helpers.weights(out) for out in outs))
 
 
 def test_one_checkpoint_has_one_accuracy_on_one_rank_and_on_three(few_digits, tmp_path):
-    main = [
-        sys.executable,
-        ROOT / "MnasNet" / "main.py",
-        "--device=cpu",
-        "--data",
-        few_digits,
-        "--image-size=64",
-        "-j0",
-    ]
-    main += ["--arch=mnasnet0_5", "--output-dir", tmp_path, "-b8", "-p1"]
-    assert run([*main, "--epochs=1", "--device-list=0,1"]).returncode == 0
+    flags = [*helpers.small("MnasNet"), "--data", few_digits, "-j0", "--output-dir", tmp_path, "-b8", "-p1"]
+    assert main_py("MnasNet", *flags, "--epochs=1", "--device-list=0,1").returncode == 0
     lines = []
     for ranks in ("0", "0,1,2"):
-        process = run([*main, "--evaluate", "--resume", tmp_path / "checkpoint.pth.tar", "--device-list", ranks])
+        evaluate = ["--evaluate", "--resume", tmp_path / "checkpoint.pth.tar", "--device-list", ranks]
+        process = main_py("MnasNet", *flags, *evaluate)
         lines.append([line for line in process.stdout.splitlines() if line.startswith(" * Acc@1")])
     assert len(lines[0]) == 1 and lines[0] == lines[1]

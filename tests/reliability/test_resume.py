@@ -179,22 +179,21 @@ def test_megviis_form_is_resumed(data, tmp_path):
         model = models.shufflenet_v2_x1_0(2)
         state = model.use_megvii_form().state_dict()
     torch.save(state, str(tmp_path / "megvii.pth"))
-    server = helpers.Server("ShuffleNetV2")
     words = helpers.flags("ShuffleNetV2", data, tmp_path / "out", "--arch", "shufflenet_v2_x1_0", "--epochs", "1")
-    status, text = server.run([*words, "--max-steps", "2", "--pretrained", tmp_path / "megvii.pth"], tmp_path / "log")
-    assert status == 0, text
-    status, text = server.run([*words, "--resume", "auto"], tmp_path / "log")
-    server.close()
-    assert status == 0, text
-    assert "resumed " in text and "megvii_form" in helpers.weights(tmp_path / "out")
+    process = helpers.main_py("ShuffleNetV2", *words, "--max-steps", "2", "--pretrained", tmp_path / "megvii.pth")
+    assert process.returncode == 0, process.stderr
+    process = helpers.main_py("ShuffleNetV2", *words, "--resume", "auto")
+    assert process.returncode == 0, process.stderr
+    assert "resumed " in process.stdout and "megvii_form" in helpers.weights(tmp_path / "out")
 
 
 @pytest.fixture(scope="module")
 def whole_of_two(data, tmp_path_factory):
     """The folder of a run on two ranks that nobody has interrupted."""
     out = tmp_path_factory.mktemp("two")
-    job = helpers.Job(helpers.command("MnasNet", data, out, "--save-steps", "2", "--device-list", "0,1"), out / "log")
-    assert job.end() == 0, job.text()
+    words = helpers.flags("MnasNet", data, out, "--save-steps", "2", "--device-list", "0,1")
+    process = helpers.main_py("MnasNet", *words)
+    assert process.returncode == 0, process.stderr
     return out
 
 

@@ -1,6 +1,6 @@
 """A run may go on with another number of ranks: each image of the epoch is still seen exactly once."""
 
-import sys
+import os
 import types
 
 import pytest
@@ -10,7 +10,7 @@ from common import checkpoint
 from common.errors import UserError
 from common.transforms import RandomResizedCrop
 from tests import helpers
-from tests.helpers import ROOT, tiers
+from tests.helpers import ROOT, run, tiers
 
 COUNT = 96
 
@@ -46,11 +46,11 @@ def test_each_image_once(worlds, data):
 def test_each_image_once_in_real_runs(worlds, ends, data, tmp_path):
     batch = 4
     for world, end in zip(worlds, ends):
-        words = [sys.executable, ROOT / "tests" / "reliability" / "targets.py", tmp_path, ROOT / "MnasNet"]
+        words = [os.environ["PYTHON"], ROOT / "tests" / "reliability" / "targets.py", tmp_path, ROOT / "MnasNet"]
         words += helpers.flags("MnasNet", data, tmp_path, "--epochs", "1", "--eval-freq", "0", "--resume", "auto")
         words += ["-j", "1", "--max-steps", end, "--device-list", ",".join(map(str, range(world)))]
-        job = helpers.Job(words, tmp_path / "log")
-        assert job.end() == 0, job.text()
+        process = run(words)
+        assert process.returncode == 0, process.stdout + process.stderr
     assert batch * worlds[0] * ends[0] < COUNT
     seen = [int(line) for line in (tmp_path / "targets").read_text().split()]
     assert sorted(seen) == list(range(COUNT))

@@ -161,16 +161,14 @@ def test_what_holds_no_weights(content, tmp_path):
         checkpoint.read(str(tmp_path / "x"))
 
 
-def test_main_refuses_in_one_line(tmp_path):
+def test_main_refuses_in_one_line(mnasnet, tmp_path):
     paths, target = write_bombs(tmp_path)
     data = helpers.make_images(tmp_path / "data", 4, 4)
-    server = helpers.Server("MnasNet")
     for path in (paths[0], paths[1], paths[-1], paths[8]):
         for words in (["--resume", path], ["--pretrained", path], ["--evaluate", "--resume", path]):
-            status, text = server.run(helpers.flags("MnasNet", data, tmp_path / "out", *words), tmp_path / "log")
+            status, text = mnasnet.run(helpers.flags("MnasNet", data, tmp_path / "out", *words), tmp_path / "log")
             assert status == 1 and len(text.splitlines()) == 1 and text.startswith("[Error] "), text
             assert not target.exists() and not (tmp_path / "out").exists()
-    server.close()
 
 
 def test_nothing_else_unpickles():

@@ -1,34 +1,40 @@
 #!/usr/bin/env -S python3 -S -s
 """A `python` that starts at once: a process that has imported torch forks, and the fork runs the words it is given.
 
-`Server` starts that process; this file, run as a program, is the `python`. Where PYTHONPATH is set it is the real one,
-which finds packages of its own there. The fork is no child of the caller: signals reach it through this program.
+`Server` starts that process; this file, run as a program, is the `python`. Where PYTHONPATH is not that of the process
+it is the real one, which finds packages of its own there. The fork is no child of the caller: signals reach it through
+this program, and it is killed when this program is. Tests of how processes are killed and found take the real one.
 """
 
 import array
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 
-REAL, ADDRESS = "FORKED_PYTHON_REAL", "FORKED_PYTHON_ADDRESS"  # environment variables
+REAL, ADDRESS, PATH = "FORKED_PYTHON_REAL", "FORKED_PYTHON_ADDRESS", "FORKED_PYTHON_PATH"  # environment variables
 PRELOADED = ("numpy", "PIL.Image", "simplejpeg", "tqdm", "torch", "torch.distributed.run", "torch.multiprocessing")
+PRELOADED += ("torch._dynamo",)  # the first step of an optimizer imports it, for as long as torch itself takes
 
 
 class Server:
-    """A process that forks; `path` is the `python` to use it by."""
+    """A process of the interpreter `real` that forks; `path` is the `python` to use it by."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, real=sys.executable, environment=os.environ):
         address = os.path.join(str(folder), "socket")
         self.path = os.path.join(str(folder), "python")
+        variables = {REAL: real, ADDRESS: address, PATH: environment.get("PYTHONPATH", "")}
         with open(self.path, "w") as file:
-            text = '#!/bin/sh\n{}={} {}={} exec {} -S -s {} "$@"\n'
-            file.write(text.format(REAL, sys.executable, ADDRESS, address, sys.executable, os.path.abspath(__file__)))
+            words = ["{}={}".format(name, value) for name, value in variables.items()]
+            text = '#!/bin/sh\n{} exec {} -S -s {} "$@"\n'
+            file.write(text.format(" ".join(words), sys.executable, os.path.abspath(__file__)))
         os.chmod(self.path, 0o755)
-        words = [sys.executable, os.path.abspath(__file__), "--serve", address]
-        self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        words = [str(real), os.path.abspath(__file__), "--serve", address]
+        environment = dict(environment, OMP_NUM_THREADS="1")
+        self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         assert self._process.stdout.readline() == b"ready\n"
 
     def close(self):
@@ -77,8 +83,11 @@ def _attend(connection):
             _become(request)
         stream.write("{}\n".format(pid).encode())
         stream.flush()
+        handle = os.pidfd_open(pid)
+        if handle not in select.select([handle, connection], [], [])[0]:
+            os.kill(pid, signal.SIGKILL)  # the caller has ended without waiting
         status = os.waitpid(pid, 0)[1]
-        code = 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+        code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
         stream.write("{}\n".format(code).encode())
         stream.flush()
     os._exit(0)
@@ -87,10 +96,13 @@ def _attend(connection):
 def _become(request):
     """Run what the request asks for in this process, and end it."""
     import runpy
+    import types
 
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
+    if "PARENT_PID" in os.environ:  # of the process that it must not outlive
+        os.environ["PARENT_PID"] = str(os.getppid())
     words = request["words"]
     sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
     sys.stdin = open(0)
@@ -102,6 +114,11 @@ def _become(request):
             sys.argv = words[1:]
             sys.path.insert(0, request["folder"])
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        elif words[0] == "-c":
+            sys.argv = ["-c", *words[2:]]
+            sys.path.insert(0, "")
+            sys.modules["__main__"] = types.ModuleType("__main__")
+            exec(words[1], vars(sys.modules["__main__"]))
         else:
             sys.argv = words
             sys.path.insert(0, os.path.dirname(os.path.abspath(words[0])))
@@ -124,7 +141,8 @@ def _ask(words):
     words = [word for word in words if word != "-u"]
     real = os.environ.pop(REAL)
     address = os.environ.pop(ADDRESS)
-    if os.environ.get("PYTHONPATH") or not words or (words[0].startswith("-") and words[0] != "-m"):
+    is_other = os.environ.get("PYTHONPATH", "") != os.environ.pop(PATH)
+    if is_other or not words or (words[0].startswith("-") and words[0] not in ("-m", "-c")):
         os.execv(real, [real, "-u", *words])
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(address)
@@ -136,7 +154,12 @@ def _ask(words):
     pid = int(stream.readline())
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, lambda number, frame: os.kill(pid, number))
-    return int(stream.readline())
+    code = int(stream.readline())
+    if code < 0:  # this program ends as the fork did
+        if -code != signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    return code
 
 
 if __name__ == "__main__":

@@ -56,15 +56,15 @@ MUTATIONS = [
     Mutation(
         "SIGTERM ends a run of one rank with a checkpoint",
         "common/logger.py",
-        "return self._ranks.stop_signal if is_alone else self._stop_signal",
+        "return self._stop_signal",
         "return 0 if is_alone else self._stop_signal",
-        UNIT + "logger.py::test_one_rank_learns_of_a_signal_at_once_and_without_a_reduction",
+        UNIT + "logger.py::test_one_rank_learns_of_a_signal_at_once_and_logs_the_steps_before_it",
     ),
     Mutation(
         "SIGTERM ends a run of several ranks with a checkpoint",
         "common/logger.py",
-        "return self._ranks.stop_signal if is_alone else self._stop_signal",
-        "return self._ranks.stop_signal if is_alone else 0",
+        "return self._stop_signal",
+        "return self._stop_signal if is_alone else 0",
         UNIT + "logger.py::test_all_ranks_learn_of_a_signal_within_two_seconds_in_the_same_step",
     ),
     Mutation(

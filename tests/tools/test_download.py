@@ -25,7 +25,7 @@ def server(tmp_path, monkeypatch):
             asked.append(self.path)
 
     serving = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
-    threading.Thread(target=serving.serve_forever, daemon=True).start()
+    threading.Thread(target=serving.serve_forever, args=(0.01,), daemon=True).start()  # seconds that its end takes
     yield "http://127.0.0.1:{}/".format(serving.server_port), folder, asked
     serving.shutdown()
     serving.server_close()

@@ -1,9 +1,9 @@
 """What pyproject.toml says of the tiers of tests is so."""
 
 import ast
+import os
 import re
 import subprocess
-import sys
 
 import pytest
 
@@ -15,7 +15,7 @@ TESTS = sorted(path for path in (ROOT / "tests").rglob("test_*.py") if "build" n
 
 def collected(*options):
     """Return the ids of the tests that pytest would run with `options`."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-qq", "-p", "no:cacheprovider", *options]
+    command = [os.environ["PYTHON"], "-m", "pytest", "--collect-only", "-qq", "-p", "no:cacheprovider", *options]
     text = subprocess.run(command, cwd=str(ROOT), stdout=subprocess.PIPE, check=True).stdout.decode()
     return {line.partition(":")[0] for line in text.splitlines() if ".py: " in line}
 

@@ -402,7 +402,7 @@ def test_too_little_memory_is_refused(few_digits):
 
 
 def test_too_few_images_for_the_ranks(few_digits):
-    with pytest.raises(UserError, match="train has 80 images: too few for 41 ranks"):
+    with pytest.raises(UserError, match="train has 80 images, fewer than two a rank"):
         loader(few_digits, True, world_size=41)
 
 

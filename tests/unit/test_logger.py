@@ -147,14 +147,17 @@ def test_the_parts_of_an_accumulated_step_are_one_step(tmp_path):
     assert log.is_complete and log.is_final
 
 
-def test_one_rank_learns_of_a_signal_at_once_and_without_a_reduction():
+def test_one_rank_learns_of_a_signal_at_once_and_logs_the_steps_before_it(capsys):
     log = make_log(print_freq=1000)
     loader, signals = FakeLoader(steps=30), []
     for number, batch in enumerate(log.steps(loader, 0, 0)):
         log._ranks.stop_signal = 15 if number == 7 else 0
         signals.append(log.step(torch.tensor(2.0), torch.zeros(4, 8), batch, 0.1))
-    assert signals == [0] * 7 + [15] + [0] * 22
-    assert log._ranks.sums == 2  # the log points: after the first steps, and at the end
+        if signals[-1]:
+            break
+    assert signals == [0] * 7 + [15]
+    assert log._ranks.sums == 2  # after the first steps, which are not timed, and at the signal
+    assert "Epoch: [0][   8/30]" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("step_seconds, at_most", [(0.01, 6), (0.5, 30), (5.0, 100)])
@@ -292,7 +295,7 @@ def test_the_accuracy_of_each_class_stands_in_a_file(tmp_path):
     text = (tmp_path / "classes.csv").read_text()
     assert text == 'class,images,correct,Acc@1\nb,3,2,66.667\n"a, c",36,35,97.222\nd,1,0,0.000\n'
     log._args.per_class = str(tmp_path / "nowhere" / "x.csv")
-    with pytest.raises(UserError, match=r"--per-class .*nowhere/x.csv: No such file or directory"):
+    with pytest.raises(UserError, match=r"nowhere/x.csv cannot be written: No such file or directory"):
         log.evaluation(1, loader, torch.tensor([[2, 3, 3], [35, 36, 36], [0, 0, 0], [0, 0, 0]]))
 
 

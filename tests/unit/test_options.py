@@ -237,7 +237,10 @@ def test_what_a_checkpoint_records_of_the_options(parsers):
             "--weight-decay 1e-5 --batch-size 8 --epochs 6 --warmup=5 --ls 0.2 --local_rank 0 --print-freq 10",
             {"warmup_epochs": 5, "label_smoothing": 0.2, "lr": 0.7},
         ),
-        ("ShuffleNetV2", "--start-epoch 0 --checkpoint-freq 1 --train-batch=16 --warmup 1", {"batch_size": 16}),
+        ("PnasNet5Large", "--wd-all --use_aux --npu 3", {"aux_weight": 0.4, "device_list": "3"}),
+        ("SPNASNet_100", "--model spnasnet_100 --sched cosine --remode pixel", {"schedule": "cosine"}),
+        ("SPACH-SMLP", "--num_workers 3 --pin-mem --dist-eval", {"workers": 3}),
+        ("ShuffleNetV2", "--start-epoch 0 --checkpoint-freq 0 --train-batch=16 --warmup 1", {"batch_size": 16}),
     ],
 )
 def test_the_flags_of_modelzoos_programs_mean_ours(bundle, words, ours, parsers):
@@ -261,6 +264,12 @@ def test_the_flags_of_modelzoos_programs_mean_ours(bundle, words, ours, parsers)
         ("-log x", "-log: --log-dir DIR"),
         ("--train-batch 0", "--batch-size: '0' is not"),
         ("--gamma x", "--lr-decay: 'x' is not"),
+        ("--num_workers -1", "--workers: '-1' is not"),
+        ("--checkpoint-freq 1", "--checkpoint-freq: every epoch is saved"),
+        ("--checkpoint x", "--checkpoint: --resume FILE"),
+        ("--remode const", "--remode: what is erased gets random pixels"),
+        ("--wd-all x", "--wd-all: it is done anyway"),
+        ("/data/imagenet", "unrecognized arguments: /data/imagenet (the data set: --data DIR;"),
     ],
 )
 def test_a_flag_of_modelzoos_programs_without_a_meaning_names_ours(words, line, parsers, capsys):

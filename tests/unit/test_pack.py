@@ -113,15 +113,14 @@ def test_another_order_is_not_said_but_other_pixels_are(photographs, tmp_path):
     ]
 
 
-def test_a_run_goes_on_with_a_pack_of_the_same_pixels(tmp_path):
+def test_a_run_goes_on_with_a_pack_of_the_same_pixels(mnasnet, tmp_path):
     """Bitwise, with a line; within an epoch other pixels are refused."""
     folder = helpers.make_images(tmp_path / "set")
     same, smaller = packed(folder, tmp_path / "same"), packed(folder, tmp_path / "smaller", "--size", "32")
-    server = helpers.Server("MnasNet")
 
     def run(images, out, *more):
         words = helpers.flags("MnasNet", images, tmp_path / out, "--resume", "auto", *more)
-        return server.run(words, tmp_path / "log")
+        return mnasnet.run(words, tmp_path / "log")
 
     status, whole = run(folder, "whole")
     assert status == 0, whole
@@ -130,7 +129,6 @@ def test_a_run_goes_on_with_a_pack_of_the_same_pixels(tmp_path):
     status, text = run(smaller, "parts")
     assert status == 1 and "(pixels of the files -> shorter side 32 at most, bilinear, raw)" in text
     status, text = run(same, "parts")
-    server.close()
     assert status == 0 and "data {} -> {}".format(folder, same) in text, text
     helpers.assert_equal(helpers.weights(tmp_path / "parts"), helpers.weights(tmp_path / "whole"))
     found = [re.findall(r"^ \* Acc@1 .*", output, re.M) for output in (whole, text)]
@@ -275,9 +273,11 @@ def test_an_interrupted_packing_leaves_no_data_set_and_no_process(signum, few_di
         assert process.poll() is None
         time.sleep(0.05)
     os.kill(process.pid, signum)
-    assert process.wait(30) == -signum and b"Traceback" not in process.stderr.read()  # which ends with the last process
+    assert (
+        process.wait(helpers.LIMIT) == -signum and b"Traceback" not in process.stderr.read()
+    )  # which ends with the last process
     assert not target.exists() and (tmp_path / "packed.part").exists()
-    subprocess.run(command, cwd=str(ROOT), check=True, timeout=100)
+    subprocess.run(command, cwd=str(ROOT), check=True, timeout=helpers.LIMIT)
     assert target.exists() and not (tmp_path / "packed.part").exists()
 
 
