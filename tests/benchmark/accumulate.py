@@ -10,7 +10,7 @@ import tempfile
 from tests.benchmark import measure
 from tests.helpers import ROOT
 
-FORMS, SIDE, STEPS, ROUNDS = ("--batch-size 128", "--batch-size 32 --accumulate 4"), 64, 25, 3
+FORMS, SIDE, STEPS, ROUNDS = ("--batch-size 128", "--batch-size 32 --accumulate 4"), 224, 6, 3
 
 
 def train(bundle, flags):
