@@ -18,6 +18,7 @@ HINTS = (  # (pattern in the text of an error, what to do)
     ("EI0006", "the cards cannot reach each other: firewall, HCCL_SOCKET_IFNAME, the same CANN everywhere"),
     ("EI0002", "a rank waited for the others: look for the rank that stopped first, then for HCCL_EXEC_TIMEOUT"),
     ("Cannot find bin of op", "CANN's kernels (ops) package of this chip is missing"),
+    ("torchinductor.*file too short", "a run was killed while it compiled: delete that folder torchinductor_..."),
 )
 
 

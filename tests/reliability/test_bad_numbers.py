@@ -94,6 +94,11 @@ def test_a_connection_that_breaks_points_to_the_other_rank(capsys):
     assert "another rank has ended, what it said tells why" in text and "traceback" not in text
 
 
+def test_what_a_killed_compilation_has_left_has_a_cure(capsys):
+    text = message_of(ImportError("/tmp/torchinductor_me/gj/cgjv.main.so: file too short"), capsys)
+    assert "delete that folder torchinductor_" in text and "traceback" not in text
+
+
 def test_an_unexpected_error_keeps_its_traceback(capsys):
     text = message_of(ZeroDivisionError("line one\nline two"), capsys)
     path = re.search(r"traceback in (\S+)\)", text).group(1)
