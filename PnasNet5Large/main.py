@@ -57,7 +57,8 @@ def build_parser():
     add("--class-weights", choices=["balanced"], help="in the loss; balanced: every class counts as much as any other")
     add("--eval-freq", type=whole_number, default=1, metavar="EPOCHS", help="0: never measure val/")
     add("--max-steps", type=whole_number, default=0, metavar="N", help="end the training after N steps; 0: do not")
-    arguments.add_shared(parser, opt_level="O2")
+    done = {"--wd-all": (None, "all parameters decay"), "--use_aux": (None, "--aux-weight X is its weight, 0: without")}
+    arguments.add_shared(parser, opt_level="O2", originals=done)
     return parser
 
 

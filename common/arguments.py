@@ -36,9 +36,7 @@ MODELZOO = {  # flags of its own programs: ours; or the only value that is accep
     "--run-prof": ("", "--profile N records N steps"),
     "-log": ("", "--log-dir DIR says where train_<id>.log goes, --log-id its id"),
     "--checkpoint": ("", "--resume FILE is the checkpoint to measure, --output-dir DIR the folder of those of a run"),
-    "--remode": ("pixel", "what is erased gets random pixels"),
-    "--use_aux": (None, "--aux-weight X is its weight, 0: without"),
-    **dict.fromkeys(("--pin-mem", "--dist-eval", "--wd-all"), (None, "it is done anyway, and has no value")),
+    **dict.fromkeys(("--pin-mem", "--dist-eval"), (None, "it is done anyway, and has no value")),
 }
 
 
@@ -99,8 +97,11 @@ def build_parser(text, check=lambda args: None):
     return parser
 
 
-def add_shared(parser, amp=False, opt_level="O1", loss_scale="dynamic"):
-    """Declare the options that the bundles share; the recipe gives the defaults of the precision."""
+def add_shared(parser, amp=False, opt_level="O1", loss_scale="dynamic", originals=()):
+    """Declare the options that the bundles share; the recipe gives the defaults of the precision.
+
+    `originals` has more entries as in `MODELZOO`, of the program that the bundle replaces.
+    """
     add = parser.add_argument_group("data").add_argument
     add("--data", "--data-path", "--data_path", type=nonempty, metavar="DIR", help="folder with train/ and val/")
     add("--synthetic", action="store_true", help="random images held in memory instead of --data")
@@ -164,19 +165,23 @@ def add_shared(parser, amp=False, opt_level="O1", loss_scale="dynamic"):
     add("--predict", type=nonempty, metavar="PATH", help="what an image shows, or all images of a folder")
 
     parser.add_argument("--test-batch", type=positive_int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    for flag in MODELZOO:
+    for flag, ours in {**MODELZOO, **dict(originals)}.items():
         with contextlib.suppress(argparse.ArgumentError):  # of a recipe that has the option itself
             names = sorted({flag, flag.replace("local_", "local-")})  # torch's launchers write both
-            parser.add_argument(*names, nargs="?", action=_ModelZoo, dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
+            hidden = {"dest": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+            parser.add_argument(*names, nargs="?", action=_ModelZoo, ours=ours, **hidden)
 
 
 class _ModelZoo(argparse.Action):
+    def __init__(self, ours, **options):
+        super().__init__(**options)
+        self._ours = ours
+
     def __call__(self, parser, namespace, word, option_string=None):
-        ours = MODELZOO[option_string.replace("-rank", "_rank")]
-        if isinstance(ours, str):
-            parser.parse_args([ours] if word is None else [ours, word], namespace)
-        elif word != ours[0]:
-            raise argparse.ArgumentError(self, ours[1])
+        if isinstance(self._ours, str):
+            parser.parse_args([self._ours] if word is None else [self._ours, word], namespace)
+        elif word != self._ours[0]:
+            raise argparse.ArgumentError(self, self._ours[1])
 
 
 def parse(parser, argv):

@@ -173,9 +173,9 @@ class Device:
             groups = [dict(item) if isinstance(item, dict) else item for item in params]
             try:
                 optimizer = getattr(torch.optim, kind)(groups, fused=True, **options)
-                for group in optimizer.param_groups:  # where the first step is skipped, torch's are what was in memory
-                    for param in group["params"] if group.get("momentum") else ():
-                        optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
+                if kind == "SGD":
+                    _begin_momentum(optimizer)
+                    optimizer.register_load_state_dict_post_hook(_begin_momentum)
                 return optimizer
             except (TypeError, RuntimeError) as error:  # not in this torch, or not for this device
                 if wanted == "on":
@@ -207,6 +207,14 @@ class Device:
             else:
                 log.line("[Warning] --profile: the profiler has written nothing to {}".format(folder))
         yield from batches
+
+
+def _begin_momentum(optimizer):
+    """Set momentums that are missing to 0: torch's fused SGD keeps what was in memory if it skips a step."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if group["momentum"] and param.requires_grad:
+                optimizer.state[param].setdefault("momentum_buffer", torch.zeros_like(param))
 
 
 def _operators(run):

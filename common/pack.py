@@ -157,6 +157,8 @@ def pack_split(images, path, args):
     np.savez(index, classes=classes, names=images.names, places=places, size=end.value, pixels=pixels)
     with open(path + ".index.npz", "xb") as of_index:
         of_index.write(index.getvalue())
+        of_index.flush()
+        os.fsync(of_index.fileno())
     os.pwrite(file.fileno(), HEAD % zlib.crc32(index.getvalue()), 0)
     os.fsync(file.fileno())
 

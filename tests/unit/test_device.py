@@ -126,7 +126,8 @@ def test_the_form_that_was_asked_for_is_taken_or_refused(kind):
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_a_first_step_that_overflows_leaves_no_trace(nesterov):
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_a_first_step_that_overflows_leaves_no_trace(nesterov, is_resumed):
     """torch's fused SGD then keeps whatever was in the memory of its momentum, and a later step takes it."""
     trained = []
     for wanted in ("auto", "off"):
@@ -134,6 +135,8 @@ def test_a_first_step_that_overflows_leaves_no_trace(nesterov):
         card.type, card._args = "cpu", types.SimpleNamespace(fused_optimizer=wanted)
         weights = torch.nn.Parameter(torch.ones(10**5))
         optimizer = card.optimizer("SGD", [weights], lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=nesterov)
+        if is_resumed:  # from a run without momentum
+            optimizer.load_state_dict(dict(optimizer.state_dict(), state={}))
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
         garbage = [torch.full((10**5,), float("nan")) for _ in range(20)]
         del garbage
@@ -145,6 +148,14 @@ def test_a_first_step_that_overflows_leaves_no_trace(nesterov):
         trained.append(weights.detach())
     assert scaler.get_scale() == 2.0**15
     assert torch.equal(*trained)
+
+
+def test_what_is_not_trained_takes_no_memory_for_a_momentum():
+    card = device.Device.__new__(device.Device)
+    card.type, card._args = "cpu", types.SimpleNamespace(fused_optimizer="auto")
+    weights = [torch.nn.Parameter(torch.ones(3), requires_grad=is_trained) for is_trained in (True, False)]
+    optimizer = card.optimizer("SGD", weights, lr=0.1, momentum=0.9)
+    assert list(optimizer.state) == weights[:1]
 
 
 def test_a_wrong_option_of_an_optimizer_is_an_error():
