@@ -13,14 +13,9 @@ from common.errors import run
 from tests import helpers
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return helpers.make_images(tmp_path_factory.mktemp("noise"))
-
-
-def test_a_loss_that_is_not_finite(mnasnet, data, tmp_path):
+def test_a_loss_that_is_not_finite(mnasnet, noise, tmp_path):
     """Said at the next log point, with the steps; what is saved is from before."""
-    words = helpers.flags("MnasNet", data, tmp_path, "--lr", "1e30", "--warmup-epochs", "0", "-p", "5")
+    words = helpers.flags("MnasNet", noise, tmp_path, "--lr", "1e30", "--warmup-epochs", "0", "-p", "5")
     status, text = mnasnet.run([*words, "--save-steps", "1"], tmp_path / "log")
     assert status == 1
     line = text.splitlines()[-1]
@@ -39,14 +34,14 @@ def test_a_loss_that_is_not_finite(mnasnet, data, tmp_path):
     )
 
 
-def test_weights_that_are_not_finite_are_not_saved(mnasnet, data, tmp_path):
+def test_weights_that_are_not_finite_are_not_saved(mnasnet, noise, tmp_path):
     """A checkpoint between the step that broke them and the log point that sees it."""
-    words = helpers.flags("MnasNet", data, tmp_path, "--max-steps", "4", "--save-steps", "2", "-p", "100")
+    words = helpers.flags("MnasNet", noise, tmp_path, "--max-steps", "4", "--save-steps", "2", "-p", "100")
     status, text = mnasnet.run(words, tmp_path / "log")
     assert status == 0, text
     before = (tmp_path / "checkpoint.pth.tar").read_bytes()
     words = helpers.flags(
-        "MnasNet", data, tmp_path, "--resume", "auto", "--save-steps", "1", "-p", "100", "--lr", "1e38"
+        "MnasNet", noise, tmp_path, "--resume", "auto", "--save-steps", "1", "-p", "100", "--lr", "1e38"
     )
     status, text = mnasnet.run([*words, "--warmup-epochs", "0"], tmp_path / "log")
     assert status == 1
@@ -112,11 +107,11 @@ def test_where_the_traceback_cannot_be_kept(capsys, monkeypatch, tmp_path):
     assert message_of(ZeroDivisionError("x"), capsys) == "[Error] ZeroDivisionError: x\n"
 
 
-def test_batches_that_no_memory_can_hold(mnasnet, data, tmp_path):
+def test_batches_that_no_memory_can_hold(mnasnet, noise, tmp_path):
     """In this process and in shared memory: what does not fit is said before the first batch, with both sizes."""
     before = set(glob.glob(os.path.join(tempfile.gettempdir(), "traceback-*")))
     for words in (["-j", "0", "--image-size", "200000"], ["-j", "2", "--image-size", "60000"]):
-        status, text = mnasnet.run(helpers.flags("MnasNet", data, tmp_path, *words), tmp_path / "log")
+        status, text = mnasnet.run(helpers.flags("MnasNet", noise, tmp_path, *words), tmp_path / "log")
         assert status == 1
         form = r"^\[Error\] batches in memory need \d+ MB, \d+ MB are free: fewer --workers, or a smaller --batch-size$"
         assert re.search(form, text.splitlines()[-1]), text

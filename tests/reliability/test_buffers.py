@@ -61,17 +61,12 @@ def test_one_rank_and_a_model_without_statistics_have_nothing_to_average(monkeyp
     assert ranks.gather_buffers(model) == []
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return helpers.make_images(tmp_path_factory.mktemp("noise"))
-
-
-def test_two_ranks_that_were_stopped_go_on_with_statistics_of_their_own(data, tmp_path):
+def test_two_ranks_that_were_stopped_go_on_with_statistics_of_their_own(noise, tmp_path):
     """The weights and the average that the evaluation takes end as those of the run that nobody has stopped."""
     outs = tmp_path / "whole", tmp_path / "stopped"
-    words = [helpers.flags("MnasNet", data, out, "--device-list", "0,1", "--resume", "auto") for out in outs]
+    words = [helpers.flags("MnasNet", noise, out, "--device-list", "0,1", "--resume", "auto") for out in outs]
     assert main_py("MnasNet", *words[0]).returncode == 0
-    job = helpers.Job(helpers.command("MnasNet", data, outs[1], *words[1]), tmp_path / "log")
+    job = helpers.Job(helpers.command("MnasNet", noise, outs[1], *words[1]), tmp_path / "log")
     job.wait_for(r"Epoch: \[0\]\[ +2/")
     job.process.send_signal(signal.SIGTERM)
     assert job.end() == 143, job.text()

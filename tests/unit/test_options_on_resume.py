@@ -251,13 +251,6 @@ def test_an_optimizer_keeps_its_state_and_takes_the_command_lines_options(name, 
     assert not torch.equal(parameter, old_parameter)
 
 
-@pytest.fixture(scope="module")
-def mnasnet():
-    server = helpers.Server("MnasNet")
-    yield server
-    server.close()
-
-
 def test_a_whole_run_with_other_options(mnasnet, base, tmp_path):
     """Trained at 64 pixels with --num-classes 3; what follows says neither, and the optimizer takes the new --wd."""
     data, out = base[3], tmp_path / "out"
