@@ -12,8 +12,6 @@ from common import data, device, distributed, errors, weights
 from common.errors import UserError
 
 NOT_OF_THE_RUN = ("check", "dry_run", "notices", "test_batch")  # attributes of the options that no checkpoint records
-FOR_TRAINING = {"amp", "opt_level", "amp_dtype", "loss_scale", "save_steps", "train_only", "max_restarts", "no_save"}
-FOR_TRAINING |= {"accumulate", "clip_grad", "profile"}
 
 MODELZOO = {  # flags of its own programs: ours; or the only value that is accepted, and the answer to any other
     "--train-batch": "--batch-size",
@@ -267,15 +265,6 @@ def _fit(args):
             text = "--{} is {:g}, in place of {:g}, {}"
             args.notices.append(text.format(option.replace("_", "-"), value, getattr(args, option), reason))
             setattr(args, option, value)
-
-
-def unused(parser, args, network_options):
-    """Return the options that are for a training alone and that the command line gives, as a line; "" without any."""
-    shared = argparse.ArgumentParser()
-    add_shared(shared)
-    used = {"arch", "batch_size", *network_options, *NOT_OF_THE_RUN, *vars(shared.parse_args([]))} - FOR_TRAINING
-    names = [name for name, value in vars(args).items() if name not in used and value != parser.get_default(name)]
-    return "of no use without a training: " + ", ".join(names) if names else ""
 
 
 def as_dict(args):

@@ -111,8 +111,6 @@ def load(parser, argv, args, architectures, network_options, folder):
                 raise UserError(text.format(path, option, value, own, option))
             if own != getattr(before, name):
                 notices.append("{} {}, as in {}".format(option, value, path))
-    if not trains:
-        notices += filter(None, [arguments.unused(parser, args, network_options)])
     return argparse.Namespace(**dict(vars(args), resume=resume, notices=args.notices + notices)), content
 
 
@@ -151,7 +149,7 @@ class Checkpoints:
         values of `metadata` ("classes", and "order": `Loader.order_facts`), and `args`.
         """
         self._ranks, self._args, self._log, self._parts = card.ranks, args, log, parts
-        self._folder, self.epoch, self.samples, self._steps, self._saved = os.path.abspath(folder), 0, 0, 0, (0, 0)
+        self._folder, self.epoch, self.samples, self._saved = os.path.abspath(folder), 0, 0, (0, 0)
         runs = sorted(set(self._ranks.all_gather(RUN)))
         self._metadata = dict(metadata, arch=args.arch, args=arguments.as_dict(args), run=runs)
         self._last, self._previous, self._best = files = [os.path.join(self._folder, name) for name in NAMES]
@@ -219,8 +217,8 @@ class Checkpoints:
         """Note that `batch` (a `data.Batch`) is done; save for `--save-steps`; for a signal save and raise Stopped."""
         if not batch.ends_step:
             return
-        self.samples, self._steps = batch.samples, self._steps + 1
-        if self._args.save_steps and self._steps % self._args.save_steps == 0:
+        self.samples = batch.samples
+        if self._log.is_save_point:
             self._save()
         if stop_signal:
             self._stop(stop_signal, is_alone=False)
@@ -237,7 +235,7 @@ class Checkpoints:
     def after_epoch(self, acc1):
         """Save at the end of an epoch; `acc1` is its Acc@1 in percent, or None."""
         if self._log.is_complete:
-            self.epoch, self.samples, self._steps = self.epoch + 1, 0, 0
+            self.epoch, self.samples = self.epoch + 1, 0
         self._save(best=acc1 is not None and acc1 >= self._log.best_acc1)
 
     def _stop(self, signum, is_alone=True):

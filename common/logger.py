@@ -71,8 +71,9 @@ def _averages(sums):
 class Log:
     """Writes the log of a run, on rank 0, and counts its steps.
 
-    `is_complete` says that no step of the epoch is left, `is_final` that the run ends with it; `last_checkpoint` is the
-    path of the last checkpoint that was written or resumed, or None.
+    `is_complete` says that no step of the epoch is left, `is_final` that the run ends with it, `is_save_point` that
+    `--save-steps` wants a checkpoint after this step; `last_checkpoint` is the path of the last one that was written or
+    resumed, or None.
     """
 
     def __init__(self, card, args, network):
@@ -154,6 +155,9 @@ class Log:
                     if self._ranks.stop_signal and not is_training:  # there `step` tells all ranks of it
                         raise Stopped(self._ranks.stop_signal)
         except Stopped as stop:  # also while it waited for a batch
+            if is_training and self._ranks.world_size == 1 and (self._losses or self._since_sync):
+                self._sync()
+                self._report()
             self._save(stop.args[0])
             raise
 
@@ -196,14 +200,15 @@ class Log:
         self._parts = []
         self._step, self._untimed_steps = self._step + 1, self._untimed_steps - 1
         self.is_complete = self._step == self._loader.steps
+        self.is_save_point = self._step % (self._args.save_steps or math.inf) == 0
         is_log_point = self._step % self._args.print_freq == 0 or self._step == self._end or self._untimed_steps == 0
-        is_due = len(self._since_sync) >= self._sync_every
-        if is_alone:
-            is_due = self._loader.new_bad or self._ranks.stop_signal
-        if is_log_point or is_due:
+        is_log_point = is_log_point or self.is_save_point  # else a run that goes on from there would lack these losses
+        has_news = self._loader.new_bad or self._ranks.stop_signal
+        if is_log_point or (has_news if is_alone else len(self._since_sync) >= self._sync_every):
             self._sync()
+        self._learning_rate = learning_rate
         if is_log_point or self._stop_signal:
-            self._report(learning_rate)
+            self._report()
         return self._stop_signal
 
     def _sync(self):
@@ -230,7 +235,7 @@ class Log:
             saved = self.last_checkpoint or "none yet"
             raise UserError(text.format(self._step - steps + 1, self._step, self._number, saved))
 
-    def _report(self, learning_rate):
+    def _report(self):
         """Write the steps since the last log point: to the log, to metrics.jsonl, on the live line."""
         sums, losses, self._last_loss = self._since_log, self._losses, self._losses[-1]
         self._since_log, self._losses = Counter(), []
@@ -241,9 +246,9 @@ class Log:
         mean["fps"] = _averages(self._timed or sums)["fps"]
         seconds = int((self._run_end - self._step) * mean["step_seconds"])
         left = "{}:{:02d}:{:02d}".format(seconds // 3600, seconds // 60 % 60, seconds % 60)
-        place = {"epoch": self._number, "step": self._step, "steps": self._loader.steps, "lr": learning_rate}
+        place = {"epoch": self._number, "step": self._step, "steps": self._loader.steps, "lr": self._learning_rate}
         self.line(PROGRESS.format(now=now, mean=mean, loss=losses[-1], left=left, **place), is_progress=True)
-        self._bar.set_postfix_str(LIVE.format(now=now, mean=mean, left=left, lr=learning_rate))
+        self._bar.set_postfix_str(LIVE.format(now=now, mean=mean, left=left, lr=self._learning_rate))
         before, self._skipped = self._skipped, int(self._precision.skipped)
         if self._skipped > before:
             text = "skipped {} steps: a gradient overflowed ({} so far)"

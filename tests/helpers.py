@@ -391,7 +391,7 @@ class FakeLoader:
 def arguments(**values):
     options = {"batch_size": 4, "max_steps": 0, "print_freq": 10, "epochs": 1, "log_dir": None, "log_id": "0"}
     options.update(evaluate=False, resume=None, arch="net", opt_level="O1", amp=True, synthetic=True, data=None)
-    options.update(per_class=None, accumulate=1, profile=0)
+    options.update(per_class=None, accumulate=1, profile=0, save_steps=0)
     return types.SimpleNamespace(**dict(options, notices=[], **values))
 
 

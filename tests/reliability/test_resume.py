@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from common import arguments, checkpoint
+from common import arguments, checkpoint, parse_log
 from tests import helpers
 from tests.helpers import imported, tiers
 
@@ -76,6 +76,20 @@ def test_sigkill_at_any_moment(times, mnasnet, data, whole, tmp_path):
         helpers.assert_equal(helpers.weights(out, "model_best.pth.tar"), helpers.weights(whole, "model_best.pth.tar"))
         assert not [name for name in files(out) if ".tmp-" in name]
         runs += 1
+
+
+def test_the_losses_before_a_checkpoint_survive_a_kill(mnasnet, data, tmp_path):
+    """Also those behind the last line of the log, which a run that goes on does not repeat."""
+    words = ["--epochs", "9", "--save-steps", "3", "-p", "100", "--eval-freq", "9", "--log-dir", tmp_path / "files"]
+    words = helpers.flags("MnasNet", data, tmp_path, *words, "--resume", "auto")
+    pid = mnasnet.start(words, tmp_path / "log")
+    helpers.wait_for((tmp_path / "checkpoint.pth.tar").exists)
+    os.kill(pid, signal.SIGKILL)
+    assert mnasnet.end() == -signal.SIGKILL
+    status, text = mnasnet.run(words, tmp_path / "log")
+    assert status == 0 and "resumed" in text, text
+    run = parse_log.Run(tmp_path / "files")
+    assert len(run.losses) == 90 and run.state == "complete"
 
 
 @pytest.mark.parametrize("bundle", tiers(["MnasNet", "SPACH-SMLP"], ["ShuffleNetV2"]))

@@ -270,24 +270,3 @@ def test_a_whole_run_with_other_options(mnasnet, base, tmp_path):
     assert status == 0 and result in text and "--image-size 64, as in {}".format(path) in text
     status, text = mnasnet.run([*words, "--resume", path, "--image-size", "32"], tmp_path / "log")
     assert status == 1 and "was trained with --image-size 64, not 32" in text
-
-
-def test_options_of_the_recipe_are_named_where_nothing_is_trained(tmp_path):
-    with imported("MnasNet", "main") as main:
-        parser = main.build_parser()
-        path = tmp_path / "x.pth"
-        torch.save({"a": torch.zeros(1)}, str(path))
-        argv = [
-            "--device=cpu",
-            "--resume",
-            str(path),
-            "--export",
-            str(tmp_path / "x.onnx"),
-            "--lr=0.5",
-            "--amp",
-            "-b",
-            "8",
-        ]
-        args = arguments.parse(parser, argv)
-        args, _ = checkpoint.load(parser, argv, args, main.models.__all__, main.NETWORK_OPTIONS, str(tmp_path))
-    assert args.notices == ["of no use without a training: lr, amp"]
