@@ -84,9 +84,16 @@ MUTATIONS = [
     Mutation(
         "SIGKILL loses no more than --save-steps",
         "common/checkpoint.py",
-        "if self._args.save_steps and self._steps % self._args.save_steps == 0:",
-        "if self._args.save_steps and self._steps < 0:",
+        "if self._log.is_save_point:",
+        "if self._log.is_save_point and self.samples < 0:",
         RELIABILITY + "bad_files.py::test_save_steps_saves_within_an_epoch",
+    ),
+    Mutation(
+        "SIGKILL takes no loss from the file of losses",
+        "common/logger.py",
+        "is_log_point = is_log_point or self.is_save_point",
+        "is_log_point = is_log_point or self._step < 0",
+        RELIABILITY + "resume.py::test_the_losses_before_a_checkpoint_survive_a_kill",
     ),
     Mutation(
         "damaged images are replaced within a budget",
