@@ -60,7 +60,7 @@ def independent_accuracy(checkpoint, data, size):
 
 def test_it_learns_and_leaves_every_file(trained):
     acc, perf = result_file(trained, "acc"), result_file(trained, "perf")
-    assert float(acc["TrainAccuracy"]) > 90  # five seeds: 95.3, deviation 0.3
+    assert float(acc["TrainAccuracy"]) > 90  # five seeds: 95.1, deviation 0.5
     assert acc["CaseName"] == "MnasNet_bs32_1p_acc" and perf["CaseName"] == "MnasNet_bs32_1p_perf"
     assert list(acc)[:7] == ["Network", "RankSize", "BatchSize", "DeviceType", "Device", "Data", "CaseName"]
     losses = loss_file(trained)
@@ -90,7 +90,7 @@ def test_fine_tuning_on_fewer_classes(trained, digits, tmp_path, bundle_copy):
     process = run_script(folder, "finetune_1p", "--epochs=8", "--crop-scale=0.6", *options, *DIGITS)
     assert process.returncode == 0, process.stdout + process.stderr
     assert "classifier.1.weight: 10 classes in the file, 3 here: starts fresh" in process.stdout
-    assert float(result_file(folder, "acc")["TrainAccuracy"]) > 90  # five seeds: 94.7, deviation 0.9
+    assert float(result_file(folder, "acc")["TrainAccuracy"]) > 90  # five seeds: 95.4, deviation 1.4
     content = torch.load(str(folder / "model_best.pth.tar"), weights_only=True)
     assert content["classes"] == ["3", "4", "8"]
     refused = run_script(folder, "eval_1p", "--arch=mnasnet0_5", options[0], "--resume={}".format(weights))
