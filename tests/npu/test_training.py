@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.helpers import BUNDLES, ROOT, loss_file, result_file, tiers
-from tests.npu.harness import CANN, CHIPS, PYTHON, assert_all_on_the_cards, assert_fine, run, small
+from tests.npu.harness import CANN, CHIPS, MOST_CARDS, PYTHON, assert_all_on_the_cards, assert_fine, run, small
 
 
 def main(bundle, *flags, **kwargs):
@@ -39,7 +39,8 @@ def test_twenty_steps_in_float32_lose_what_the_cpu_loses(bundle, bundle_copy, fe
     """With one memory layout on both: after ReLUs two layouts on one CPU part already."""
     place = bundle_copy(bundle)
     options = ["--data_path={}".format(few_digits), "--opt-level=O0", "--max_steps=20", "--epochs=9", "--batch_size=4"]
-    options += ["--learning_rate=0.01", "--workers=1", "--memory-format=contiguous", "--torch-layers"]
+    rate = 0.001 if bundle == "SPACH-SMLP" else 0.01  # AdamW takes steps of its length, whatever the gradient's
+    options += ["--learning_rate={}".format(rate), "--workers=1", "--memory-format=contiguous", "--torch-layers"]
     options += small(bundle)
     losses = []
     for device in ("cpu", "npu"):
@@ -82,11 +83,11 @@ def test_it_learns_as_much_as_on_the_cpu(bundle, digits, tmp_path):
 @pytest.mark.parametrize("cards", tiers([1, 2], [8]))
 def test_every_mode_of_the_scripts(bundle, cards, bundle_copy, few_digits, tmp_path):
     """full, performance, eval and finetune end well and leave files that name the chip."""
-    place, kind = bundle_copy(bundle), "1p" if cards == 1 else "8p"
+    place, kind, ranks = bundle_copy(bundle), "1p" if cards == 1 else "8p", min(cards, MOST_CARDS[bundle])
     chip = CHIPS[cards % 2]
     data = "--data_path={}".format(few_digits)
-    common = ["--device=npu", "--rank_size={}".format(cards), "--batch_size=4", *small(bundle)]
-    # A forked worker keeps what the cards' memory, here the host's, was: 24 GB are too little for eight of PNASNet.
+    common = ["--device=npu", "--rank_size={}".format(ranks), "--batch_size=4", *small(bundle)]
+    # A forked worker keeps what the cards' memory, here the host's, was.
     common += ["--workers={}".format(0 if cards == 8 else 1), "--learning_rate=0.001"]
     modes = {
         "full": [data, "--epochs=1", "--output_dir={}".format(tmp_path)],
@@ -102,7 +103,7 @@ def test_every_mode_of_the_scripts(bundle, cards, bundle_copy, few_digits, tmp_p
             # An evaluation leaves the folder of a training alone.
             values = result_file(place, result, "0_eval" if mode == "eval" else 0)
             assert values["Device"] == "npu ({})".format(chip)
-            assert values["RankSize"] == str(cards)
+            assert values["RankSize"] == str(ranks)
 
 
 @pytest.mark.parametrize("chip", tiers(["Ascend910B3"], CHIPS))
