@@ -112,11 +112,12 @@ def _floating_buffers(model):
 
 def end_with_parent():
     """Have the kernel kill this process when the script, launcher or rank that started it ends (not a user's shell)."""
-    pr_set_pdeathsig, parent = 1, str(os.getppid())
-    if is_distributed() or "PARENT_PID" in os.environ:
+    pr_set_pdeathsig, parent = 1, os.environ.get("PARENT_PID")
+    if is_distributed() or parent:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if is_distributed() and os.environ.get("PARENT_PID", parent) != parent:  # it has ended before
-        raise UserError("the process that started this one has ended")
+    # It may have ended before; a wrapper that stands between them does not hide it.
+    if parent and parent != str(os.getppid()) and not os.path.exists("/proc/{}/exe".format(parent)):
+        sys.exit("[Error] the process that started this one has ended")
     os.environ["PARENT_PID"] = str(os.getpid())  # for the processes that this one starts
 
 
@@ -212,12 +213,12 @@ def _report(name, code):
 
 def _run_torchrun(args, count, node_0, script):
     """Run the ranks of this node, restart them if wanted, and end this process with the job's exit status."""
+    os.setsid()  # a signal of the terminal comes through `spawn`, once
+    end_with_parent()
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    os.setsid()  # a signal of the terminal comes through `spawn`, once
-    end_with_parent()
     logging.disable(logging.CRITICAL)  # of what our one line says, and tracebacks
     place = "--standalone --local_addr=127.0.0.1"
     if args.world_size > 1:

@@ -106,6 +106,14 @@ def test_a_job_under_nohup_outlives_its_terminal(tmp_path):
     assert job.text().count("saved") == 2
 
 
+def test_a_launcher_that_is_killed_at_once_leaves_nothing(tmp_path):
+    """It has just forked the process that starts the ranks, which imports torch's launcher first."""
+    job = start_for_signals(tmp_path / "log", "--device-list", "0,1", "--what", "endless")
+    helpers.wait_for(lambda: len(job.alive()) > 1, job.process)
+    os.kill(job.process.pid, signal.SIGKILL)
+    assert job.end() == -signal.SIGKILL
+
+
 @pytest.mark.parametrize("delay", tiers([1.5], [0.5, 2.5, 4]))
 def test_a_killed_launcher_leaves_no_rank(delay, tmp_path):
     """Ranks that are only importing torch, too."""

@@ -191,6 +191,15 @@ def test_a_killed_script_leaves_no_process(data, bundle_copy, tmp_path):
     assert job.end() == -signal.SIGKILL
 
 
+def test_a_script_that_is_killed_at_once_leaves_no_process(data, bundle_copy, tmp_path):
+    """Its main.py is still importing torch."""
+    folder = bundle_copy("MnasNet")
+    job = helpers.Job(script(folder, data, tmp_path, 1, "--epochs=1000"), tmp_path / "log")
+    helpers.wait_for(lambda: (folder / "test/output/0/nohup.out").exists(), job.process)
+    os.kill(job.process.pid, signal.SIGKILL)
+    assert job.end() == -signal.SIGKILL
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_a_killed_launcher_leaves_no_rank(bundle, data, tmp_path):

@@ -82,6 +82,13 @@ MUTATIONS = [
         RELIABILITY + "signals.py::test_a_killed_script_leaves_no_process",
     ),
     Mutation(
+        "nor when it has been killed before a process asks the kernel for that",
+        "common/distributed.py",
+        "if parent and parent != str",
+        "if False and parent != str",
+        RELIABILITY + "signals.py::test_a_script_that_is_killed_at_once_leaves_no_process",
+    ),
+    Mutation(
         "SIGKILL loses no more than --save-steps",
         "common/checkpoint.py",
         "if self._log.is_save_point:",
