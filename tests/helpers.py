@@ -552,7 +552,6 @@ class Job:
 
     def end(self, seconds=LIMIT):
         """Wait for the end, at most `seconds`; check that nothing is left, and return the exit status."""
-        started = time.time()
         try:
             status = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -565,7 +564,6 @@ class Job:
             self.kill()
             raise AssertionError("left behind: {}".format(left)) from None
         assert "traceback" not in self.text().lower(), self.text()
-        self.seconds = time.time() - started
         return status
 
     def kill(self):
