@@ -115,7 +115,7 @@ def end_with_parent():
     pr_set_pdeathsig, parent = 1, os.environ.get("PARENT_PID")
     if is_distributed() or parent:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    # It may have ended before; a wrapper that stands between them does not hide it.
+    # Where it has ended before, so does this process now; a wrapper may stand between them.
     if parent and parent != str(os.getppid()) and not os.path.exists("/proc/{}/exe".format(parent)):
         sys.exit("[Error] the process that started this one has ended")
     os.environ["PARENT_PID"] = str(os.getpid())  # for the processes that this one starts
