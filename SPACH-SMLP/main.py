@@ -175,14 +175,8 @@ class Augment:
     def __init__(self, args, num_classes):
         self._erase = RandomErasing(args.reprob)
         self._num_classes, self._smoothing = num_classes, args.label_smoothing
-        self._mix = Mixup(
-            args.mixup,
-            args.cutmix,
-            prob=1.0 if args.mixup or args.cutmix else 0.0,
-            switch_prob=0.5,
-            label_smoothing=args.label_smoothing,
-            num_classes=num_classes,
-        )
+        options = {"prob": float(bool(args.mixup or args.cutmix)), "switch_prob": 0.5, "num_classes": num_classes}
+        self._mix = Mixup(args.mixup, args.cutmix, label_smoothing=args.label_smoothing, **options)
 
     def __call__(self, images, targets):
         """Return float images [B, 3, H, W] and targets [B, C] of int64 targets [B]."""
@@ -236,9 +230,8 @@ def build_optimizer(args, card, model):
     def schedule(progress):
         if progress < args.warmup_epochs:
             return start + (peak - start) * progress / args.warmup_epochs
-        done = (
-            min(1.0, progress / cosine_epochs) if cosine_epochs else 1.0
-        )  # the warm-up covers the beginning of the cosine, as in timm
+        # The warm-up covers the beginning of the cosine, as in timm.
+        done = min(1.0, progress / cosine_epochs) if cosine_epochs else 1.0
         return floor + 0.5 * (peak - floor) * (1 + math.cos(math.pi * done))
 
     return optimizer, schedule
@@ -316,8 +309,7 @@ def main(argv=None):
         acc1 = None
         if val_loader and ((number + 1) % args.eval_freq == 0 or log.is_final):
             checkpoints.before_evaluation()
-            measured = average.model if args.eval_ema else model
-            acc1 = evaluate(val_loader, measured, card, log, number)
+            acc1 = evaluate(val_loader, average.model if args.eval_ema else model, card, log, number)
         checkpoints.after_epoch(acc1)
         if log.is_final:
             break

@@ -222,9 +222,7 @@ def rate_at(args, progress):
         part = progress if args.warmup_method == "linear" else 0.0
         return args.lr * (args.warmup_start + (1 - args.warmup_start) * part / args.warmup_epochs)
     done = min(1.0, (progress - args.warmup_epochs) / (args.epochs - args.warmup_epochs))
-    if args.schedule == "linear":
-        return args.lr * (1 - done)
-    return args.lr * 0.5 * (1 + math.cos(math.pi * done))
+    return args.lr * (1 - done if args.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
 
 
 # Copied from MnasNet/main.py:train_one_epoch

@@ -47,7 +47,7 @@ def test_layout_and_reading_order(bundle):
     for name in ("requirements.txt", "README.md", "models/__init__.py", "models/pretrained.py"):
         assert (ROOT / bundle / name).is_file(), name
     text = (ROOT / bundle / "main.py").read_text(encoding="utf-8")
-    assert 150 <= len(text.splitlines()) <= 330
+    assert 150 <= len(text.splitlines()) <= 320
     names = [node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
     assert [name for name in names if name in ORDER] == ORDER
     for word in ("npu", "cuda", "cpu"):  # common.device decides
