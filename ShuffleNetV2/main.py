@@ -253,7 +253,7 @@ def evaluate(loader, model, card, log, epoch):
     model.eval()
     with torch.no_grad():
         counts = sum(logger.count_classes(model(batch.images), batch.targets) for batch in log.batches(loader))
-    return log.evaluation(epoch, loader, card.ranks.sum(counts))[0]
+    return log.evaluation(epoch, loader, counts)[0]
 
 
 # Differs from MnasNet: SGD alone, --benchmark

@@ -281,16 +281,16 @@ class Loader:
         return images if self._card.channels_last else images.contiguous(), targets
 
     def share_bad(self):
-        """Gather the bad images of all ranks, which all call this; return (path, reason) of those not named before.
+        """Gather the bad images of all ranks, which all call this; return a line for each of those not named before.
 
         Raises UserError where they are too many for a training.
         """
         new = dict(itertools.chain(*self._ranks.all_gather(self.new_bad)))
         self._add_bad(new)
-        names = [(printable(self.images.path(index)), new[index]) for index in sorted(set(new) - self._named_bad)]
+        unnamed = sorted(set(new) - self._named_bad)
         self._named_bad.update(new)
         self.new_bad = []
-        return names
+        return ["{} cannot be read: {}".format(printable(self.images.path(index)), new[index]) for index in unnamed]
 
     def _add_bad(self, new):
         self.bad.update(new)

@@ -120,7 +120,7 @@ def _predict(args, model, classes, crop, mean, std, card, log):
                         rows[image] += [classes[number], "{:.6f}".format(share)]
     unreadable = loader.share_bad()
     if all(len(row) == 1 for row in rows):
-        raise UserError("{} cannot be read: {}".format(*unreadable[0]))
-    for bad in unreadable:
-        log.line("[Warning] {} cannot be read: {}".format(*bad))
+        raise UserError(unreadable[0])
+    for text in unreadable:
+        log.line("[Warning] " + text)
     return rows

@@ -182,10 +182,6 @@ class Log:
             batches = self._card.profile(batches, steps, min(args.profile, steps), args, self)
         return self._show(batches, "{}/{}".format(number, args.epochs), self._end, self._step, is_training=True)
 
-    def _share_bad(self, loader):
-        for path, reason in loader.share_bad():
-            self.line("[Warning] {} cannot be read: {}".format(path, reason))
-
     def step(self, loss, logits, batch, learning_rate):
         """Count a batch with `loss` (scalar, the mean of this rank) and `logits` [B, C]; return 0 or a signal to stop.
 
@@ -227,8 +223,8 @@ class Log:
         self._since_sync, self._synced, self._waited = [], now, loader.wait_seconds
         self._sync_every = max(1, int(SYNC_SECONDS * steps * world / seconds))
         self._stop_signal = next((signum for signum, count in zip(STOP_SIGNALS, signals) if count), 0)
-        if new_bad:
-            self._share_bad(loader)
+        for text in loader.share_bad() if new_bad else ():
+            self.line("[Warning] " + text)
         if not math.isfinite(self._since_log["loss"]):
             text = "the loss is not a finite number between steps {} and {} of epoch {} (the last checkpoint: {}). "
             text += "Try a lower learning rate, a longer warm-up, or --opt-level O0"
@@ -271,11 +267,17 @@ class Log:
     def evaluation(self, epoch, loader, counts):
         """Write the accuracy after `epoch`; return (Acc@1, Acc@5) in percent of all images, unreadable ones wrong.
 
-        `counts` is the int64 [C, 3] of `count_classes`, summed over all batches of `loader` and all ranks. Raises
-        UserError where `--per-class` cannot be written.
+        `counts` is the int64 [C, 3] of `count_classes`, summed over this rank's batches of `loader`. Raises UserError
+        where `--per-class` cannot be written, Stopped where a signal has ended another rank.
         """
+        try:
+            counts = self._ranks.sum(counts)
+        except Stopped as stop:
+            self._save(stop.args[0])
+            raise
         correct1, correct5, seen = counts.sum(dim=0).tolist()
-        self._share_bad(loader)
+        for text in loader.share_bad():
+            self.line("[Warning] " + text)
         unreadable = len(loader.bad)
         assert seen + unreadable == len(loader), "{} of {} validation images were counted".format(seen, len(loader))
         acc1, acc5 = 100 * correct1 / len(loader), 100 * correct5 / len(loader)
@@ -284,15 +286,13 @@ class Log:
             self.line("[Warning] {} validation images could not be read; they count as wrong".format(unreadable))
         self._record("eval", epoch=epoch, acc1=acc1, acc5=acc5, images=seen, unreadable=unreadable)
         if self._args.per_class and self._ranks.is_rank0:
-            self._write_per_class(loader.images, counts[:, 0].tolist())
+            table, right, names = io.StringIO(), counts[:, 0].tolist(), loader.images.classes
+            numbers = sorted(Counter(loader.images.targets.tolist()).items())
+            rows = [[names[i], n, right[i], "{:.3f}".format(100 * right[i] / n)] for i, n in numbers]
+            csv.writer(table, lineterminator="\n").writerows([["class", "images", "correct", "Acc@1"], *rows])
+            checkpoint.write_atomic(self._args.per_class, table.getvalue().encode("utf-8", "surrogateescape"))
         self._best = max(self._best, (acc1, acc5))
         return acc1, acc5
-
-    def _write_per_class(self, images, correct):
-        table, numbers = io.StringIO(), sorted(Counter(images.targets.tolist()).items())
-        rows = [[images.classes[i], n, correct[i], "{:.3f}".format(100 * correct[i] / n)] for i, n in numbers]
-        csv.writer(table, lineterminator="\n").writerows([["class", "images", "correct", "Acc@1"], *rows])
-        checkpoint.write_atomic(self._args.per_class, table.getvalue().encode("utf-8", "surrogateescape"))
 
     @property
     def best_acc1(self):

@@ -62,6 +62,28 @@ def test_a_group_wide_sigterm_kills_no_decoding_process(data, tmp_path):
     assert_saved(job, tmp_path)
 
 
+def children(job, parent):
+    """Return the pids of the processes of `job` that the process `parent` has started."""
+    found = []
+    for pid in job.alive():
+        with open("/proc/{}/stat".format(pid)) as file:
+            if int(file.read().rsplit(")", 1)[1].split()[1]) == parent:
+                found.append(pid)
+    return found
+
+
+def wait_until_silent(job):
+    """Wait until `job` has printed nothing for two seconds."""
+    written = [None]
+
+    def stands_still():
+        time.sleep(2)
+        written.append(job.text())
+        return written[-1] == written[-2]
+
+    helpers.wait_for(stands_still, job.process)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_while_the_data_hangs(ranks, data, tmp_path):
     """The decoding processes of one rank are frozen.
@@ -74,19 +96,9 @@ def test_while_the_data_hangs(ranks, data, tmp_path):
     more += ["-p", "1" if ranks == 2 else "1000"]
     job = helpers.Job(helpers.command("MnasNet", data, tmp_path, *more), tmp_path / "log")
     job.wait_for(r"Epoch: \[0\]\[ +4/")
-    rank = job.ranks(2)[1] if ranks == 2 else job.process.pid
-    for pid in job.alive():
-        with open("/proc/{}/stat".format(pid)) as file:
-            if int(file.read().rsplit(")", 1)[1].split()[1]) == rank:
-                os.kill(pid, signal.SIGSTOP)
-    written = [None]
-
-    def stands_still():
-        time.sleep(2)
-        written.append(job.text())
-        return written[-1] == written[-2]
-
-    helpers.wait_for(stands_still, job.process)
+    for pid in children(job, job.ranks(2)[1] if ranks == 2 else job.process.pid):
+        os.kill(pid, signal.SIGSTOP)
+    wait_until_silent(job)
     os.kill(job.process.pid, signal.SIGTERM)
     assert job.end() == 143, job.text()
     if ranks == 1:
@@ -94,6 +106,20 @@ def test_while_the_data_hangs(ranks, data, tmp_path):
     epoch, samples = helpers.position(tmp_path)
     lost = len(parse_log.Run(tmp_path).losses) - (20 * MOST * epoch + samples) / (4 * ranks)
     assert lost == 0 if ranks == 1 else 0 <= lost < 2
+
+
+def test_while_the_data_of_an_evaluation_hangs(data, tmp_path):
+    """One rank has measured its share; of the other the decoding process is frozen, and the signal ends its wait."""
+    command = helpers.command("MnasNet", data, tmp_path, "--device-list", "0,1", "--epochs", "1", "-j", "1")
+    job = helpers.Job(command, tmp_path / "log")
+    job.wait_for(r"Epoch: \[0\]\[ +1/")
+    rank = job.ranks(2)[1]
+    os.kill(max(children(job, rank)), signal.SIGSTOP)  # of val/, which begins after that of train/
+    helpers.wait_for((tmp_path / "checkpoint.pth.tar").exists, job.process)  # what it saves before it measures
+    wait_until_silent(job)
+    os.kill(job.process.pid, signal.SIGTERM)
+    assert job.end() == 143, job.text()
+    assert assert_saved(job, tmp_path) == (0, 20 * MOST)
 
 
 def test_during_evaluation(data, tmp_path):

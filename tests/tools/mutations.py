@@ -112,8 +112,8 @@ MUTATIONS = [
     Mutation(
         "damaged images are named",
         "common/logger.py",
-        'self.line("[Warning] {} cannot be read: {}".format(path, reason))',
-        "pass",
+        "for text in loader.share_bad() if new_bad else ():",
+        "for text in ():",
         UNIT + "logger.py::test_bad_images_of_a_single_rank_are_named_in_the_same_step",
     ),
     Mutation(
@@ -202,9 +202,16 @@ MUTATIONS = [
         UNIT + "data.py::test_evaluation_keeps_a_last_batch_however_small",
     ),
     Mutation(
+        "a signal that has ended another rank ends an evaluation as one of its own does",
+        "common/logger.py",
+        "counts = self._ranks.sum(counts)\n        except Stopped",
+        "counts = self._ranks.sum(counts)\n        except KeyError",
+        UNIT + "logger.py::test_a_signal_that_another_rank_has_followed_ends_an_evaluation",
+    ),
+    Mutation(
         "the ranks' counts are added up",
-        "MnasNet/main.py",
-        "card.ranks.sum(counts)",
+        "common/logger.py",
+        "self._ranks.sum(counts)",
         "counts",
         BUNDLES + "runs.py::test_one_rank_measures_the_digits_that_two_have_measured[MnasNet]",
     ),

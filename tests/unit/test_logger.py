@@ -188,7 +188,7 @@ def test_bad_images_of_one_rank_are_shared_by_all_at_the_next_sync_point():
         log, loader = make_log(ranks, print_freq=4), FakeLoader(steps=8, world=2)
         shared = []
         for number, batch in enumerate(log.steps(loader, 0, 0)):
-            loader.new_bad += [("a.jpg", "broken")] * 2 if ranks.rank == 1 and number == 5 else []
+            loader.new_bad += ["a.jpg cannot be read: broken"] * 2 if ranks.rank == 1 and number == 5 else []
             log._sync_every = 1000
             log.step(torch.tensor(2.0), torch.zeros(4, 8), batch, 0.1)
             shared.append(loader.shared)
@@ -199,7 +199,7 @@ def test_bad_images_of_one_rank_are_shared_by_all_at_the_next_sync_point():
 
 def test_bad_images_of_a_single_rank_are_named_in_the_same_step(capsys):
     log, loader = make_log(), FakeLoader(steps=20)
-    loader.new_bad = [("a.jpg", "broken")]
+    loader.new_bad = ["a.jpg cannot be read: broken"]
     batch = next(log.steps(loader, 0, 0))
     log.step(torch.tensor(2.0), torch.zeros(4, 8), batch, 0.1)
     assert "[Warning] a.jpg cannot be read: broken" in capsys.readouterr().out.splitlines()
@@ -255,6 +255,21 @@ def test_a_signal_ends_an_evaluation_and_the_wait_for_a_batch():
     with pytest.raises(Stopped) as stopped:
         train(log, loader)
     assert (stopped.value.args, saved) == ((signal.SIGINT,), [signal.SIGTERM, signal.SIGINT])
+
+
+def test_a_signal_that_another_rank_has_followed_ends_an_evaluation():
+    """This one has measured all of its batches, and waits for the counts of the other."""
+    ranks, saved = FakeRanks(), []
+    log = make_log(ranks)
+    log.when_stopped(saved.append)
+
+    def lonely(counts):
+        raise Stopped(signal.SIGTERM)
+
+    ranks.sum = lonely
+    with pytest.raises(Stopped):
+        log.evaluation(0, FakeLoader(), torch.tensor([[40, 40, 40]]))
+    assert saved == [signal.SIGTERM] and log.best_acc1 == 0.0
 
 
 def test_a_signal_ends_an_evaluation_alone_too_where_nothing_is_to_be_saved():
