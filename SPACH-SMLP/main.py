@@ -175,7 +175,7 @@ class Augment:
     def __init__(self, args, num_classes):
         self._erase = RandomErasing(args.reprob)
         self._num_classes, self._smoothing = num_classes, args.label_smoothing
-        options = {"prob": float(bool(args.mixup or args.cutmix)), "switch_prob": 0.5, "num_classes": num_classes}
+        options = {"prob": 1.0 if args.mixup or args.cutmix else 0.0, "switch_prob": 0.5, "num_classes": num_classes}
         self._mix = Mixup(args.mixup, args.cutmix, label_smoothing=args.label_smoothing, **options)
 
     def __call__(self, images, targets):

@@ -63,13 +63,14 @@ def test_a_group_wide_sigterm_kills_no_decoding_process(data, tmp_path):
 
 
 def children(job, parent):
-    """Return the pids of the processes of `job` that the process `parent` has started."""
+    """Return the pids of the processes of `job` that the process `parent` has started, in this order."""
     found = []
     for pid in job.alive():
         with open("/proc/{}/stat".format(pid)) as file:
-            if int(file.read().rsplit(")", 1)[1].split()[1]) == parent:
-                found.append(pid)
-    return found
+            fields = file.read().rsplit(")", 1)[1].split()
+        if int(fields[1]) == parent:
+            found.append((int(fields[19]), pid))  # when it started
+    return [pid for _, pid in sorted(found)]
 
 
 def wait_until_silent(job):
@@ -114,7 +115,7 @@ def test_while_the_data_of_an_evaluation_hangs(data, tmp_path):
     job = helpers.Job(command, tmp_path / "log")
     job.wait_for(r"Epoch: \[0\]\[ +1/")
     rank = job.ranks(2)[1]
-    os.kill(max(children(job, rank)), signal.SIGSTOP)  # of val/, which begins after that of train/
+    os.kill(children(job, rank)[-1], signal.SIGSTOP)  # of val/, which begins after that of train/
     helpers.wait_for((tmp_path / "checkpoint.pth.tar").exists, job.process)  # what it saves before it measures
     wait_until_silent(job)
     os.kill(job.process.pid, signal.SIGTERM)
