@@ -1,12 +1,14 @@
-"""Convolutions for mixed precision in plain torch: depthwise and 1x1 on a CPU, 1x1 along rows or columns on CUDA."""
+"""Layers for mixed precision in plain torch: convolutions and BatchNorm on a CPU, 1x1 along rows or columns on CUDA."""
 
 import torch
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
+TOGETHER = 16  # pixels: so many times the channels fill whole cache lines, in which threads do not meet
+
 
 def convert_layers(model, device="cpu"):
-    """Return `model` with faster convolutions for `device`; parameters, hooks and state_dict keys stay."""
+    """Return `model` with faster layers for `device`; parameters, hooks and state_dict keys stay."""
     kind = _faster_kind(model, device)
     if kind is not None:
         layer, model = model, kind.__new__(kind)
@@ -17,7 +19,12 @@ def convert_layers(model, device="cpu"):
 
 
 def _faster_kind(layer, device):
-    if type(layer) is not torch.nn.Conv2d or not hasattr(torch, "get_autocast_dtype"):  # torch 2.4
+    if not hasattr(torch, "get_autocast_dtype"):  # torch 2.4
+        return None
+    if type(layer) is torch.nn.BatchNorm2d and device == "cpu":
+        is_usual = layer.affine and layer.track_running_stats and layer.momentum is not None
+        return BatchNorm2d if is_usual and layer.num_features % 32 else None
+    if type(layer) is not torch.nn.Conv2d:
         return None
     size, channels, padding = layer.kernel_size, layer.in_channels, layer.padding
     if size == (1, 1) and layer.groups == 1 and padding == (0, 0):
@@ -100,3 +107,63 @@ def _weight_gradient(gradient, images, weight, stride, padding):
         piece = conv2d_weight(part, (channels, 1, kernel, 3), gradient, stride, (padding, 0), groups=channels)
         result[..., left : left + 3] = piece
     return result
+
+
+class BatchNorm2d(torch.nn.BatchNorm2d):
+    """A `BatchNorm2d` that is as fast with any number of channels, in training under autocast.
+
+    torch keeps the sums of a thread beside those of the next: where the channels fill no whole cache lines, the threads
+    wait for each other at every pixel. So several pixels count as one with as many times the channels.
+    """
+
+    def forward(self, images):
+        pixels = images[:, 0].numel()
+        is_large = pixels >= 2**14 and pixels % TOGETHER == 0  # with fewer it takes longer
+        is_autocast = torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+        in_order = images.is_contiguous(memory_format=torch.channels_last)
+        if not (self.training and is_autocast and is_large and in_order):
+            return super().forward(images)
+        result, mean, variance = BatchNormFunction.apply(images, self.weight, self.bias, self.eps)
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance * pixels / (pixels - 1), self.momentum)
+        return result
+
+
+class BatchNormFunction(torch.autograd.Function):
+    """Return `images` [B, C, H, W] normalised, and the mean and biased variance of the channels."""
+
+    @staticmethod
+    def forward(ctx, images, weight, bias, eps):
+        rows, shape = _rows(images)
+        of_rows = torch.batch_norm_update_stats(rows, *torch.zeros(2, rows.shape[1]), 0.0)
+        means, variances = torch.stack(of_rows).view(2, TOGETHER, -1)
+        mean, variance = means.mean(0), variances.mean(0) + means.var(0, unbiased=False)
+        ctx.save_for_backward(images, weight, mean, variance)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, variance)
+        result = F.batch_norm(rows, *_tiled(mean, variance, weight, bias), eps=eps).view(shape).permute(0, 3, 1, 2)
+        return result.detach(), mean, variance  # a view could not be changed in place
+
+    @staticmethod
+    def backward(ctx, gradient, *_):
+        images, weight, mean, variance = ctx.saved_tensors
+        (rows, shape), (gradient, _) = _rows(images), _rows(gradient)
+        needed = False, True, True  # the sums, which are the gradients of weight and bias
+        options = *_tiled(weight, mean, variance), None, None, False, ctx.eps, needed
+        sums = torch.ops.aten.native_batch_norm_backward(gradient, rows, *options)[1:]
+        weight_gradient, bias_gradient = torch.stack(sums).view(2, TOGETHER, -1).sum(1)
+        pixels = rows.numel() // len(mean)
+        slope = (-weight * weight_gradient / (pixels * (variance + ctx.eps))).to(rows.dtype)
+        factors = _tiled(bias_gradient / pixels, variance, weight, -slope * mean)
+        result = F.batch_norm(gradient, *factors, eps=ctx.eps).addcmul_(rows, slope.repeat(TOGETHER))
+        return result.view(shape).permute(0, 3, 1, 2), weight_gradient, bias_gradient, None
+
+
+def _rows(images):
+    pixels = images.permute(0, 2, 3, 1)
+    return pixels.reshape(-1, TOGETHER * images.shape[1]), pixels.shape
+
+
+def _tiled(*values):
+    return torch.stack(values).repeat(1, TOGETHER)

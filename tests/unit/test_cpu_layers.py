@@ -1,4 +1,4 @@
-"""The faster convolutions and their gradients are torch's own; what replaces a layer takes over all that it holds."""
+"""The faster layers and their gradients are torch's own; what replaces a layer takes over all that it holds."""
 
 import copy
 
@@ -56,6 +56,10 @@ def test_layers_without_a_faster_form_stay_as_they_are():
         conv(8, 8, 3, padding="same", groups=8, bias=False),
         conv(8, 16, 3, padding=1, groups=8, bias=False),
         torch.nn.ConvTranspose2d(8, 8, 1),
+        torch.nn.BatchNorm2d(64),
+        torch.nn.BatchNorm2d(8, affine=False),
+        torch.nn.BatchNorm2d(8, track_running_stats=False),
+        torch.nn.BatchNorm2d(8, momentum=None),
     )
     before = list(layers)
     assert all(ours is theirs for ours, theirs in zip(cpu_layers.convert_layers(layers), before))
@@ -100,6 +104,50 @@ def test_any_axis_is_mixed_without_a_copy(order, dtype, tolerance, bias):
     assert sorted(range(4), key=results[1][0].stride) == sorted(range(4), key=memory.stride)
     for theirs, ours in zip(*results):
         assert ours.shape == theirs.shape and (ours - theirs).norm() <= tolerance * theirs.norm()
+
+
+@pytest.mark.parametrize("shape", [(4, 24, 64, 64), (16, 58, 33, 32)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
+def test_batch_norm_of_pixels_that_count_as_one_equals_torchs(shape, dtype, tolerance):
+    torch.manual_seed(0)
+    stock = torch.nn.BatchNorm2d(shape[1], momentum=0.3)
+    with torch.no_grad():
+        stock.weight.uniform_(0.5, 2.0)
+        stock.bias.normal_()
+    fast = cpu_layers.convert_layers(copy.deepcopy(stock))
+    images = (2 * torch.randn(shape) + torch.randn(shape[1], 1, 1)).to(dtype).to(memory_format=torch.channels_last)
+    images[:2] += 1  # pixels of one image are more alike
+    weights = torch.randn(shape).to(dtype).to(memory_format=torch.channels_last)
+    results = []
+    for layer, kind in ((stock.double(), torch.float64), (fast, dtype)):
+        x = images.to(kind, memory_format=torch.channels_last).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = torch.nn.functional.relu(layer(x), inplace=True)
+        assert ("BatchNormFunction" in str(y.grad_fn.next_functions)) == (layer is fast)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        gradients = torch.autograd.grad(y, (x, *layer.parameters()), weights.to(kind))
+        results.append([y, *gradients, layer.running_mean, layer.running_var])
+    assert results[1][0].dtype == results[1][1].dtype == dtype
+    for theirs, ours in zip(*results):
+        assert (ours - theirs).norm() <= tolerance * theirs.norm()
+    assert fast.num_batches_tracked == stock.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("change", ["eval", "float32", "contiguous", "few pixels", "an odd number of pixels"])
+def test_batch_norm_elsewhere_is_torchs_digit_for_digit(change):
+    torch.manual_seed(0)
+    side = {"few pixels": 32, "an odd number of pixels": 91}.get(change, 64)
+    stock, images = torch.nn.BatchNorm2d(24), torch.randn(4 if side != 91 else 3, 24, side, side)
+    fast = cpu_layers.convert_layers(copy.deepcopy(stock))
+    assert type(fast) is cpu_layers.BatchNorm2d
+    if change != "contiguous":
+        images = images.to(memory_format=torch.channels_last)
+    results = []
+    for layer in (stock.train(change != "eval"), fast.train(change != "eval")):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=change != "float32"):
+            results.append(layer(images))
+    assert torch.equal(*results)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(fast.buffers(), stock.buffers()))
 
 
 def test_a_replaced_layer_keeps_names_parameters_hooks_and_mode():
