@@ -25,7 +25,7 @@ from torch import nn
 
 import models
 from common import arguments, checkpoint, data, device, distributed, errors, logger, weights
-from common.arguments import nonnegative_float, positive_float, positive_int, share, whole_number
+from common.arguments import nonnegative_float, positive_float, positive_int, rate, share, whole_number
 from common.precision import Precision
 from common.transforms import CenterCrop, RandomResizedCrop
 from models import pretrained
@@ -43,7 +43,7 @@ def build_parser():
     add("-a", "--arch", default="pnasnet5large", choices=models.__all__, metavar="NAME", help="%(choices)s")
     add("--zero-pad", action="store_true", help="the original padding, for the official weights")
     add("--aux-weight", type=nonnegative_float, default=0.4, help="of the auxiliary loss; 0: no auxiliary head")
-    add("--drop-path", type=share, default=0.0, help="in the last cell, growing with depth")
+    add("--drop-path", type=rate, default=0.0, help="in the last cell, growing with depth")
     add("--dropout", type=share, default=0.5, help="in the head")
     add("--image-size", type=positive_int, default=331, metavar="PIXELS", help="val/ is resized to 8/7 of it")
     add("--crop-scale", type=share, default=0.08, metavar="MIN", help="smallest crop, share of the area")
@@ -196,10 +196,10 @@ def main(argv=None):
     parts = {"state_dict": model, "optimizer": optimizer, "precision": precision, "log": log}
     metadata = {"classes": classes, "order": train_loader.order_facts}
     checkpoints = checkpoint.Checkpoints(card, args, log, args.output_dir or args.log_dir or BUNDLE, parts, metadata)
+    replica = card.parallel(model)
     checkpoints.resume(content)
     del content  # it is as large as model and optimizer
     criterion = AuxiliaryLoss(args.aux_weight, weights.class_weights(args, train_loader, len(classes), card))
-    replica = card.parallel(model)
     for number in range(checkpoints.epoch, args.epochs):
         train_one_epoch(train_loader, number, replica, criterion, optimizer, schedule, precision, log, checkpoints)
         acc1 = None

@@ -28,7 +28,7 @@ from torch import nn
 
 import models
 from common import arguments, checkpoint, data, device, distributed, errors, logger, weights
-from common.arguments import nonnegative_float, positive_float, positive_int, share, whole_number
+from common.arguments import nonnegative_float, positive_float, positive_int, rate, share, whole_number
 from common.precision import Precision
 from common.transforms import CenterCrop, RandomResizedCrop, import_torchvision
 from models import pretrained
@@ -48,7 +48,7 @@ def build_parser():
     group = parser.add_argument_group("network and recipe")
     add = group.add_argument
     add("-a", "--arch", "--model", default="smlpnet_tiny", choices=models.__all__, metavar="NAME", help="%(choices)s")
-    add("--drop-path", type=share, metavar="RATE", help="default: 0 tiny, 0.2 small, 0.3 base")
+    add("--drop-path", type=rate, metavar="RATE", help="default: smlpnet 0 tiny, 0.2 small, 0.3 base; spach 0.1")
     add("--image-size", type=positive_int, default=224, metavar="PIXELS", help="val/ is resized to 8/7 of it")
     add("--crop-scale", type=share, default=0.08, metavar="MIN", help="smallest crop, share of the area")
     add("--flip", type=share, default=0.5, metavar="P", help="probability of a horizontal flip")
@@ -78,11 +78,13 @@ def build_parser():
 # Differs from PnasNet5Large: patches, and RandAugment
 def check_options(args):
     """Raise UserError where the network cannot take images of `--image-size`, or `--aa` is no policy."""
-    patch = 16 if "patch16" in args.arch else 4
+    patch = 16 if "patch16" in args.arch else 32
     if args.image_size % patch:
         text = "--image-size {}: {} takes multiples of {} pixels"
         raise errors.UserError(text.format(args.image_size, args.arch, patch))
     build_augment(args)
+    if args.eval_ema and not (args.ema_decay or args.evaluate or args.export or args.predict):
+        args.notices.append("--eval-ema: there is no average to measure without --ema-decay, such as 0.99996")
 
 
 def build_augment(args):
@@ -100,7 +102,7 @@ def build_augment(args):
         text = "--aa {!r} is no policy of timm's RandAugment, such as rand-m9-mstd0.5-inc1; none: without"
         raise errors.UserError(text.format(args.aa)) from None
     for operation in augment.ops:
-        if operation.name == "PosterizeIncreasing":  # at its strongest it keeps 0 bits, which newer Pillow refuses
+        if operation.name.startswith("Posterize"):  # at its end it keeps 0 bits, which newer Pillow refuses
             strength = operation.level_fn
             operation.level_fn = lambda level, options, strength=strength: (max(1, *strength(level, options)),)
     return augment
@@ -136,8 +138,7 @@ def build_model(args, num_classes, content, card, log):
     model = getattr(models, args.arch)(num_classes, image_size=args.image_size, **options)
     if content is not None:
         path = args.resume or args.pretrained
-        measures_average = args.eval_ema and (args.evaluate or args.export or args.predict)
-        key = "state_dict_ema" if measures_average else None
+        key = "state_dict_ema" if args.eval_ema and (args.evaluate or args.export or args.predict) else None
         for line in weights.load(model, content, path, pretrained.convert, may_replace_head=not args.resume, key=key):
             log.line(line)
     return card.prepare(model)
@@ -208,14 +209,6 @@ class AveragedWeights:
                 else:
                     average.copy_(value)
 
-    def state_dict(self):
-        """Return the averaged weights."""
-        return self.model.state_dict()
-
-    def load_state_dict(self, state):
-        """Take averaged weights from a checkpoint."""
-        self.model.load_state_dict(state)
-
 
 # Differs from MnasNet: AdamW, and a floor of the learning rate
 def build_optimizer(args, card, model):
@@ -252,7 +245,7 @@ def train_one_epoch(
             logits = model(images)
             loss = criterion(logits, soft_targets)
         precision.step(loss, optimizer, batch)
-        if batch.ends_step:
+        if average and batch.ends_step:
             average.update()
         stop_signal = log.step(loss, logits, batch, learning_rate)
         checkpoints.after_step(batch, stop_signal)
@@ -288,20 +281,22 @@ def main(argv=None):
     model = build_model(args, len(classes), content, card, log)
     weights.train_only(args, model, log)
     optimizer, schedule = build_optimizer(args, card, model)
-    average = AveragedWeights(model, args.ema_decay)
+    average = AveragedWeights(model, args.ema_decay) if args.ema_decay else None
     precision = Precision(card, args, model, optimizer)
     log.start(args, precision)
     card.ranks.catch_signals()
     if args.evaluate:
         evaluate(val_loader, model, card, log, epoch=0)
         return log.finish()
-    parts = {"state_dict": model, "optimizer": optimizer, "precision": precision, "log": log, "state_dict_ema": average}
+    parts = {"state_dict": model, "optimizer": optimizer, "precision": precision, "log": log}
+    if average:
+        parts["state_dict_ema"] = average.model
     metadata = {"classes": classes, "order": train_loader.order_facts}
     checkpoints = checkpoint.Checkpoints(card, args, log, args.output_dir or BUNDLE, parts, metadata)
+    replica = card.parallel(model)
     checkpoints.resume(content)
     del content  # it is as large as model and optimizer
     criterion, augment = SoftCrossEntropy(), Augment(args, len(classes))
-    replica = card.parallel(model)
     for number in range(checkpoints.epoch, args.epochs):
         train_one_epoch(
             train_loader, number, replica, augment, criterion, optimizer, schedule, precision, average, log, checkpoints
@@ -309,7 +304,7 @@ def main(argv=None):
         acc1 = None
         if val_loader and ((number + 1) % args.eval_freq == 0 or log.is_final):
             checkpoints.before_evaluation()
-            acc1 = evaluate(val_loader, average.model if args.eval_ema else model, card, log, number)
+            acc1 = evaluate(val_loader, average.model if average and args.eval_ema else model, card, log, number)
         checkpoints.after_epoch(acc1)
         if log.is_final:
             break

@@ -90,6 +90,9 @@ def check_options(args):
     for option, name in (("trivial_augment", "TrivialAugmentWide"), ("mixup", "MixUp"), ("cutmix", "CutMix")):
         if getattr(args, option):
             from_torchvision(name, "--" + option.replace("_", "-"))
+    crop = val_crop(args)
+    if crop.resize < crop.size:
+        raise errors.UserError("--val-resize {}: crops of {} pixels are larger".format(crop.resize, crop.size))
     if args.class_weights and (args.mixup or args.cutmix):
         raise errors.UserError("--class-weights: not with --mixup and --cutmix, whose images have no one class")
     if args.eval_ema and not (args.ema_decay or args.evaluate or args.export or args.predict):
@@ -132,8 +135,7 @@ def build_model(args, num_classes, content, card, log):
     model = getattr(models.CHANNEL_SHUFFLE[args.channel_shuffle], args.arch)(num_classes)
     if content is not None:
         path = args.resume or args.pretrained
-        measures_average = args.eval_ema and (args.evaluate or args.export or args.predict)
-        key = "state_dict_ema" if measures_average else None
+        key = "state_dict_ema" if args.eval_ema and (args.evaluate or args.export or args.predict) else None
         for line in weights.load(model, content, path, pretrained.convert, may_replace_head=not args.resume, key=key):
             log.line(line)
     return card.prepare(model)
@@ -193,14 +195,6 @@ class AveragedWeights:
                     average.lerp_(value.to(average), 1 - self._decay)
                 else:
                     average.copy_(value)
-
-    def state_dict(self):
-        """Return the averaged weights."""
-        return self.model.state_dict()
-
-    def load_state_dict(self, state):
-        """Take averaged weights from a checkpoint."""
-        self.model.load_state_dict(state)
 
 
 # Differs from MnasNet: plain SGD
@@ -286,13 +280,14 @@ def main(argv=None):
         return log.finish()
     parts = {"state_dict": model, "optimizer": optimizer, "precision": precision, "log": log}
     if average:
-        parts["state_dict_ema"] = average
+        parts["state_dict_ema"] = average.model
     metadata = {"classes": classes, "order": train_loader.order_facts}
     checkpoints = checkpoint.Checkpoints(card, args, log, args.output_dir or BUNDLE, parts, metadata)
+    replica = card.parallel(model)
     checkpoints.resume(content)
     del content  # it is as large as model and optimizer
     criterion = LabelSmoothing(args.label_smoothing, weights.class_weights(args, train_loader, len(classes), card))
-    augment, replica = Augment(args, len(classes)), card.parallel(model)
+    augment = Augment(args, len(classes))
     for number in range(checkpoints.epoch, args.epochs):
         train_one_epoch(
             train_loader, number, replica, augment, criterion, optimizer, schedule, precision, average, log, checkpoints

@@ -56,6 +56,7 @@ positive_int = OptionType("an integer from 1 to 1e9", int, lambda value: 1 <= va
 whole_number = OptionType("an integer from 0 to 1e9", int, lambda value: 0 <= value <= 1e9)
 seed = OptionType("an integer from 0 to 2^63 - 1", int, lambda value: 0 <= value < 2**63)
 share = OptionType("a number from 0 to 1", float, lambda value: 0 <= value <= 1)
+rate = OptionType("a number from 0 to below 1", float, lambda value: 0 <= value < 1)
 positive_float = OptionType("a number above 0", float, lambda value: 0 < value < math.inf)
 nonnegative_float = OptionType("a number from 0 on", float, lambda value: 0 <= value < math.inf)
 scale = OptionType("dynamic or a number above 0", str, lambda word: word == "dynamic" or 0 < float(word) < math.inf)

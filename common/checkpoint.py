@@ -14,7 +14,7 @@ import torch
 
 from common import arguments
 from common.distributed import set_buffers
-from common.errors import Stopped, UserError
+from common.errors import Stopped, UserError, replacing
 from common.weights import on_cpu, read
 
 # The last checkpoint, the one before it, and the best: each is complete and can be resumed.
@@ -34,43 +34,13 @@ def keep_previous(path):
         return kept
 
 
-@contextlib.contextmanager
-def _replacing(path, data=None):
-    """Yield the name of a file, of `data` if given, that takes the place of `path` when the caller has done with it."""
-    name = "{}.tmp-{}".format(path, os.getpid())
-    try:
-        if data is not None:
-            with open(name, "xb") as file:  # never through a link that lies there
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        yield name
-        os.replace(name, path)
-        with contextlib.suppress(OSError):  # where the file system can: else a power failure may undo it
-            folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(name)
-
-
-def write_atomic(path, data):
-    """Replace the file `path` by the bytes `data`, whole or not at all; raises UserError where it cannot be written."""
-    try:
-        with _replacing(path, data):
-            pass
-    except OSError as error:
-        raise UserError("{} cannot be written: {}".format(path, error.strerror)) from None
-
-
 def _link(source, target):
     """Replace `target` by a second name of the file `source`, or by a copy where the file system has no links."""
     try:
-        with _replacing(target) as temporary:
+        with replacing(target) as temporary:
             os.link(source, temporary)
     except OSError:
-        with open(source, "rb") as file, _replacing(target, file.read()):
+        with open(source, "rb") as file, replacing(target, file.read()):
             pass
 
 
@@ -99,7 +69,9 @@ def load(parser, argv, args, architectures, network_options, folder):
     if path is None and args.pretrained:
         path, content = args.pretrained, read(args.pretrained)
     if path and isinstance(content.get("args"), dict) and content.get("arch") in architectures:  # this bundle wrote it
-        names = ["arch", *network_options] + ["num_classes"] * bool(resume)
+        names = ["arch", *network_options, "num_classes"]
+        if not resume:  # fine-tuning: other classes, and an average of its own
+            names = [name for name in names if name not in ("num_classes", "eval_ema")]
         recorded = dict(content["args"], arch=content["arch"])
         known = {name: recorded[name] for name in names if name in recorded}
         parser.set_defaults(**known)
@@ -210,8 +182,7 @@ class Checkpoints:
             self._log.line("other options than the checkpoint's run: {}".format(changed))
 
     def _models(self):
-        parts = [getattr(part, "model", part) for part in self._parts.values()]
-        return [part for part in parts if isinstance(part, torch.nn.Module)]
+        return [part for part in self._parts.values() if isinstance(part, torch.nn.Module)]
 
     def after_step(self, batch, stop_signal):
         """Note that `batch` (a `data.Batch`) is done; save for `--save-steps`; for a signal save and raise Stopped."""
@@ -272,7 +243,7 @@ class Checkpoints:
         self._saved, self._log.last_checkpoint = position, self._last
 
     def _replace_files(self, data, best):
-        with _replacing(self._last, data) as temporary:
+        with replacing(self._last, data) as temporary:
             for kept in filter(None, map(keep_previous, self._foreign)):
                 self._log.line("a checkpoint of an earlier run is kept as {}".format(kept))
             self._foreign = ()
@@ -295,6 +266,6 @@ def _with_options_of(part, state):
         return state
     kept = [dict(group, params=saved["params"]) for group, saved in zip(groups, state["param_groups"])]
     state = dict(state, param_groups=kept)
-    if "foreach" not in groups[0]:  # old torch, whose steps are plain numbers; newer ones make tensors of them
+    if "foreach" not in groups[0]:  # old torch, torch_npu: their steps are plain numbers, not tensors
         state["state"] = {n: dict(s, step=int(s["step"])) if "step" in s else s for n, s in state["state"].items()}
     return state

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from common.device import seed_everything
-from common.errors import UserError, printable
+from common.errors import UserError, first_of, printable, refuse
 from common.transforms import EncodedImage, Workers, reason_of
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
@@ -43,7 +43,7 @@ def find_classes(root, split):
         return pack.classes
     if not os.path.isdir(folder):
         raise UserError("data set {} has no {}/ folder".format(root, split))
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not _is_hidden(entry.name))
+    classes = sorted(name for name in next(os.walk(folder, onerror=refuse))[1] if not _is_hidden(name))
     if not classes:
         cure = "sort its images into one sub-folder per class (README tells how for ImageNet)"
         raise UserError("{} has no class folders: {}".format(folder, cure))
@@ -57,7 +57,7 @@ def _is_hidden(name):
 def _image_names(root, inside=""):
     """Return the names, relative to `root`, of all image files below its folder `inside`, in torchvision's order."""
     names = []
-    for folder, _, files in sorted(os.walk(os.path.join(root, inside), followlinks=True)):
+    for folder, _, files in sorted(os.walk(os.path.join(root, inside), onerror=refuse, followlinks=True)):
         folder = folder[len(root) :].lstrip(os.sep)
         if not any(map(_is_hidden, folder.split(os.sep))):
             names += [os.path.join(folder, name) for name in sorted(files) if name.lower().endswith(EXTENSIONS)]
@@ -117,25 +117,22 @@ class ImageFolder(Images):
         """
         folder, folders = os.path.join(root, split), find_classes(root, split)
         self.classes = classes or find_classes(root, "train" if has_split(root, "train") else split)
-        unknown = [name for name in folders if name not in self.classes]
+        # Of two classes of one name, which older checkpoints may have, the first counts.
+        numbers = {name: number for number, name in reversed(list(enumerate(self.classes)))}
+        unknown = [name for name in folders if name not in numbers]
         if unknown:
             text = "{} has {} class folders that {} does not know: {}"
             text += "; --classes-by-position takes the folders in alphabetical order" if classes else ""
             known = "the checkpoint" if classes else "train/"
             raise UserError(text.format(folder, len(unknown), known, first_of(unknown)))
-        pack, targets = _open_pack(folder), {name: self.classes.index(name) for name in folders}
+        pack = _open_pack(folder)
         names = pack.names if pack else [name for inside in folders for name in _image_names(folder, inside)]
-        super().__init__(folder, names, [targets[os.fsdecode(name).split(os.sep)[0]] for name in names], pack)
+        super().__init__(folder, names, [numbers[os.fsdecode(name).split(os.sep)[0]] for name in names], pack)
         seen = set(self.targets.tolist())
         empty = [name for i, name in enumerate(self.classes) if i not in seen and name != UNUSED.format(i)]
         if empty:
             text = "[Warning] {} has no images of {} of {} classes: {}"
             self.notices.append(text.format(folder, len(empty), len(self.classes), first_of(empty)))
-
-
-def first_of(names):
-    """Return the first of `names`, as text for a line."""
-    return printable(", ".join(names[:5]) + (", ..." if len(names) > 5 else ""))
 
 
 class Batch(typing.NamedTuple):
@@ -182,6 +179,8 @@ class Loader:
             raise UserError("{} has {} images, fewer than two a rank".format(images.folder, len(images)))
         self.order_facts = {"seed": args.seed, "repeats": repeats, "images": len(images), "pixels": images.pixels}
         self.order_facts["names_crc32"] = zlib.crc32(images.names.tobytes())
+        if any(facts != self.order_facts for facts in card.ranks.all_gather(self.order_facts)):
+            raise UserError("{}: the nodes have other images, or another --seed or --repeats".format(images.folder))
         self.wait_seconds = 0.0  # for workers
         self.bad = {}  # {index: reason} of unreadable images of all ranks: by the run in training, else by this epoch
         self.new_bad, self._named_bad = [], set()  # [index, reason] that the other ranks do not know; indices
@@ -317,4 +316,4 @@ class SyntheticLoader(Loader):
         self.order_facts = {"seed": args.seed, "repeats": 1, "images": 0, "names_crc32": 0}
 
     def _take(self, epoch, own):
-        return itertools.repeat(lambda: (self._images, self._targets))
+        return itertools.repeat(lambda: (self._images.clone(), self._targets))  # a step may change them in place

@@ -146,14 +146,11 @@ class Device:
         return receive
 
     def parallel(self, model):
-        """Return `model` wrapped for several ranks and compiled, for training; BatchNorm's buffers stay local."""
+        """Return `model` wrapped for several ranks and compiled, for training; all ranks get rank 0's weights."""
         if self.ranks.world_size > 1:
             device_ids = None if self.module is None else [self.torch_device.index]
-            own = [buffer.clone() for buffer in model.buffers()]
             model = torch.nn.parallel.DistributedDataParallel(model, device_ids=device_ids)
             model.broadcast_buffers = False  # as an argument torch 2.13 warns of it, and older versions need it
-            for buffer, values in zip(model.buffers(), own):  # which a resume has set, and rank 0's have replaced
-                buffer.copy_(values)
         if not self._args.compile:
             return model
         options = npu.compile_options if self.type == "npu" else lambda mode: {"mode": mode}

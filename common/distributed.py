@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from common import npu
-from common.errors import Stopped, UserError, print_error
+from common.errors import Stopped, UserError, is_distributed, print_error
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 JOIN_SECONDS = 2400  # more than the 1836 s of HCCL, whose own error says more than ours
@@ -30,10 +30,11 @@ class Ranks:
     """This process's place among the ranks of a job, as torchrun numbers them, and the signal that asked it to end."""
 
     def __init__(self):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
-        self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        place = os.environ if is_distributed() else {}
+        self.rank = int(place.get("RANK", 0))
+        self.local_rank = int(place.get("LOCAL_RANK", 0))
+        self.world_size = int(place.get("WORLD_SIZE", 1))
+        self.local_world_size = int(place.get("LOCAL_WORLD_SIZE", self.world_size))
         self.is_rank0 = self.rank == 0
         self.stop_signal = 0
         self._store, self._gathered = None, 0
@@ -121,11 +122,6 @@ def end_with_parent():
     os.environ["PARENT_PID"] = str(os.getpid())  # for the processes that this one starts
 
 
-def is_distributed():
-    """Return whether this process is a rank already, started by `spawn` or by torchrun."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 def card_ids(args):
     """Return the ids of this node's cards as a list of int; raise UserError where the options contradict each other."""
     if args.device_list is None:
@@ -142,6 +138,9 @@ def should_spawn(args):
     """Return whether `main.py` has to start ranks itself; raise UserError where the options contradict each other."""
     if is_distributed():
         return False
+    if "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+        text = "RANK and WORLD_SIZE are set, LOCAL_RANK is not: set it and LOCAL_WORLD_SIZE (0 and 1 on a node of one "
+        raise UserError(text + "card), or unset them and give --world-size, --rank and --addr")
     if args.rank >= args.world_size:
         raise UserError("--rank {} is not a node of --world-size {} nodes".format(args.rank, args.world_size))
     if args.world_size > 1 and not args.addr and not args.dist_url:
@@ -171,11 +170,10 @@ def spawn(args, argv):
     for process in processes:
         process.start()
     own.catch_signals()
-    running, failures = processes, []
-    while running and not failures and not own.stop_signal:
+    codes = [None]
+    while None in codes and not any(codes) and not own.stop_signal:
         time.sleep(0.05)
-        running = [process for process in processes if process.exitcode is None]
-        failures = [(process.name, process.exitcode) for process in processes if process.exitcode]
+        codes = [process.exitcode for process in processes]
     deadline = time.time() + SAVE_SECONDS
     for process in processes:
         process.terminate()
@@ -184,7 +182,7 @@ def spawn(args, argv):
         process.kill()
     if own.stop_signal:
         return 128 + own.stop_signal
-    name, code = failures[0] if failures else ("", 0)
+    name, code = next(((p.name, code) for p, code in zip(processes, codes) if code), ("", 0))
     return code if code >= 0 else _report(name, code)
 
 

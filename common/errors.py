@@ -1,6 +1,7 @@
-"""Errors that a user can cure: one line on the screen instead of a traceback, and the exit status of a process."""
+"""Errors as one line instead of a traceback, the exit status of a process, and files written whole or not at all."""
 
 import atexit
+import contextlib
 import os
 import re
 import signal
@@ -30,16 +31,70 @@ class Stopped(Exception):
     """The signal of this number asked for the end, and everything worth keeping has been saved."""
 
 
+def refuse(error):
+    """Raise UserError for the OSError `error` of a file or folder that cannot be read, as `os.walk` reports it."""
+    raise UserError("{} cannot be read: {}".format(error.filename, error.strerror))
+
+
 def printable(text):
     """Return `text` on one line, control characters replaced, so that no name can forge a line of a log."""
     return "".join(c if c.isprintable() else "?" for c in str(text))
 
 
+def first_of(names):
+    """Return the first of `names`, as text for a line."""
+    return printable(", ".join(names[:5]) + (", ..." if len(names) > 5 else ""))
+
+
+def open_terminal():
+    """Return the terminal that the user looks at as a text file, or None where there is none."""
+    if sys.stdout.isatty():
+        return sys.stdout
+    with contextlib.suppress(KeyError, OSError):  # launch.sh sends the standard output to nohup.out
+        # Without O_NOCTTY it could become the terminal whose Ctrl-C ends this process.
+        return open(os.open(os.environ["LIVE_TERMINAL"], os.O_WRONLY | os.O_NOCTTY), "w", buffering=1)
+
+
+def is_distributed():
+    """Return whether this process is a rank already, started by `distributed.spawn` or by torchrun."""
+    return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= set(os.environ)  # a container may set one or two for its own use
+
+
 def print_error(text):
     """Print one line on standard error, naming the rank where there are several."""
-    rank = " rank {}:".format(os.environ["RANK"]) if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    rank = " rank {}:".format(os.environ["RANK"]) if is_distributed() and os.environ["WORLD_SIZE"] != "1" else ""
     over_live_line = "\r\033[K" if sys.stderr.isatty() else ""
     print("{}[Error]{} {}".format(over_live_line, rank, printable(text)), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def replacing(path, data=None):
+    """Yield the name of a file, of `data` if given, that takes the place of `path` when the caller has done with it."""
+    name = "{}.tmp-{}".format(path, os.getpid())
+    try:
+        if data is not None:
+            with open(name, "xb") as file:  # never through a link that lies there
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        yield name
+        os.replace(name, path)
+        with contextlib.suppress(OSError):  # where the file system can: else a power failure may undo it
+            folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(name)
+
+
+def write_atomic(path, data):
+    """Replace the file `path` by the bytes `data`, whole or not at all; raises UserError where it cannot be written."""
+    try:
+        with replacing(path, data):
+            pass
+    except OSError as error:
+        raise UserError("{} cannot be written: {}".format(path, error.strerror)) from None
 
 
 def run(main):
@@ -50,7 +105,7 @@ def run(main):
         return 128 + stop.args[0]
     except Exception as error:
         text = str(error) if isinstance(error, UserError) else _describe(error)
-        if "RANK" in os.environ:  # the end of a rank ends the others: first the one with the cause, then local rank 0
+        if is_distributed():  # the end of a rank ends the others: first the one with the cause, then local rank 0
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10 if ANOTHER_RANK in text else 5 * min(1, int(os.environ.get("LOCAL_RANK", 0))))
         print_error(text)
@@ -61,8 +116,9 @@ def run_and_exit(main):
     """End the process with the status of `run(main)`, without destructors of native code: they may abort it."""
     status = run(main)
     atexit._run_exitfuncs()  # there is no public way to run what torch_npu and others want to do at the end
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # a pipe whose reader has ended
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(status)
 
 

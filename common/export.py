@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 import torch
 
-from common import checkpoint, data
+from common import data, errors
 from common.errors import UserError
 
 OPSET, IR_VERSION = 10, 6  # CANN's ATC reads opsets 9 to 13; from 11 on torch writes how paddings are computed
@@ -52,11 +52,11 @@ def run(args, model, classes, crop, mean, std, card, log):
         convert, packages = (_onnx, "onnx onnxruntime") if path.endswith(".onnx") else (_safetensors, "safetensors")
         try:
             content, verdict = convert(model.cpu(), args.half, crop.size, metadata)
-        except ImportError as error:
+        except ModuleNotFoundError as error:
             name = error.name.partition(".")[0]
             raise UserError("--export: {} is missing: pip install {}".format(name, packages)) from None
         line = "wrote {}, {:.1f} MB: {}".format(path, len(content) / 1e6, verdict)
-    checkpoint.write_atomic(path, content)
+    errors.write_atomic(path, content)
     log.line(line)
 
 
@@ -66,6 +66,8 @@ def _safetensors(model, half, _, metadata):
 
     state = (model.half() if half else model).state_dict()
     state = {name: tensor.contiguous().numpy() for name, tensor in state.items()}
+    if not all(np.isfinite(array).all() for array in state.values()):
+        raise UserError("no file: weights are not finite numbers, or too large for the float16 of --half")
     return save(state, metadata), "{} tensors".format(len(state))
 
 

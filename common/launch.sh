@@ -114,6 +114,9 @@ said=$("${command[@]}" --check 2>&1) || status=$?
 # --- a fresh output folder; what an earlier run left is kept beside it
 { mkdir -p "$test_dir/output" && [ -w "$test_dir/output" ]; } 2>/dev/null || fail "$test_dir/output cannot be written"
 if [ -e "$output" ]; then
+    code=0 # a run that was killed a moment ago may hold it a little longer
+    flock -w 5 -E 75 "$output/nohup.out" true 2>/dev/null || code=$?
+    [ "$code" != 75 ] || fail "another run writes to $output: give this one another --device_id"
     previous=$output.prev-$(date +%Y%m%d-%H%M%S)
     while [ -e "$previous" ]; do previous+=x; done
     mv "$output" "$previous"
@@ -126,13 +129,14 @@ if [ "$mode" = full ] && [ -n "${resume-}" ] && [ -n "${previous-}" ]; then # wh
 fi
 
 # --- run: everything goes to nohup.out, and to the screen; a signal goes to the ranks, which save and end
-: >"$output/nohup.out"
+exec 6>"$output/nohup.out"
+flock -n 6 2>/dev/null || true # until its last process has ended; some file systems have no locks
 clear=''
 if [ -t 1 ] && { LIVE_TERMINAL=$(tty <&3); } 3>&1 && [ -w "$LIVE_TERMINAL" ] && [ "${TERM:-dumb}" != dumb ]; then
     export LIVE_TERMINAL # rank 0 writes its lines there itself, above one that it renews
     clear=$'\r\e[K'      # what else there is takes the place of that one
 fi
-exec 5> >(trap '' HUP INT TERM && tee -a "$output/nohup.out" | sed -u "s/^/$clear/") 4>&5
+exec 5> >(trap '' HUP INT TERM PIPE && tee -a "$output/nohup.out" | sed -u "s/^/$clear/") 4>&5
 tee_pid=$!
 [ -z "$clear" ] || exec 4>>"$output/nohup.out"
 SCRIPT_STARTED=$started PARENT_PID=$$ "${command[@]}" >&4 2>&5 &

@@ -20,7 +20,7 @@ from collections import Counter
 import torch
 from tqdm import tqdm
 
-from common import arguments, checkpoint
+from common import arguments, checkpoint, errors
 from common.distributed import STOP_SIGNALS
 from common.errors import Stopped, UserError, printable
 
@@ -52,15 +52,6 @@ def count_classes(logits, targets):
     return (is_of_class.float().t() @ find_correct(logits, targets).float()).long()  # exact: the sums are small
 
 
-def _open_terminal():
-    """Return the terminal that the user looks at as a text file, or None where there is none."""
-    if sys.stdout.isatty():
-        return sys.stdout
-    with contextlib.suppress(KeyError, OSError):  # launch.sh sends the standard output to nohup.out
-        # Without O_NOCTTY it could become the terminal whose Ctrl-C ends this process.
-        return open(os.open(os.environ["LIVE_TERMINAL"], os.O_WRONLY | os.O_NOCTTY), "w", buffering=1)
-
-
 def _averages(sums):
     """Return what a log line shows of sums over steps: means of an image or a step, and images per second."""
     means = {name: sums[name] / sums["images"] for name in ("loss", "acc1", "acc5")}
@@ -82,10 +73,10 @@ class Log:
         # A run that is resumed keeps the time at which it began: it tells its part of metrics.jsonl from another run's.
         self._started = self._began = float(os.environ.get("SCRIPT_STARTED") or time.time())
         self._resumes = bool(args.resume) and not args.evaluate
-        self._best, self.last_checkpoint, self._save = (), None, lambda signum: None
+        self._best, self._old_speed, self.last_checkpoint, self._save = (), {}, None, lambda signum: None
         self._timed, self._untimed_steps, self._skipped = Counter(), None, 0
         self._files, self._text = {}, "train_{}.log".format(args.log_id)
-        self._terminal = _open_terminal() if card.ranks.is_rank0 else None
+        self._terminal = errors.open_terminal() if card.ranks.is_rank0 else None
         if args.log_dir and card.ranks.is_rank0:
             try:
                 os.makedirs(args.log_dir, exist_ok=True)
@@ -114,7 +105,8 @@ class Log:
             with contextlib.suppress(OSError):  # a terminal that was closed is no reason to end a training
                 tqdm.write(text, file=self._terminal)
         if self._terminal is not sys.stdout:
-            print(text, flush=True)
+            with contextlib.suppress(OSError):  # nor is a pipe whose reader has ended, as `tee` does at Ctrl-C
+                print(text, flush=True)
         self._write(self._text, text)
 
     def _record(self, kind, **values):
@@ -211,17 +203,19 @@ class Log:
         """Add up what all ranks have done since the last time, and share their signals and bad images."""
         self._card.synchronize()
         now, loader, world, steps = time.perf_counter(), self._loader, self._ranks.world_size, len(self._since_sync)
-        own = [now - self._synced, len(loader.new_bad), *(self._ranks.stop_signal == signum for signum in STOP_SIGNALS)]
+        # Rank 0's clock, the one that stops for a checkpoint: the others wait for it then.
+        own = [(now - self._synced) * self._ranks.is_rank0, len(loader.new_bad)]
+        own += [self._ranks.stop_signal == signum for signum in STOP_SIGNALS]
         own = torch.tensor(own, dtype=torch.float32, device=self._card.torch_device)
         sums = self._ranks.sum(torch.cat([own, *self._since_sync])).cpu()
         seconds, new_bad, *signals = sums[: len(own)].tolist()
         waited = loader.wait_seconds - self._waited
-        self._since_log.update(steps=steps, step_seconds=seconds / world, data_seconds=waited)
+        self._since_log.update(steps=steps, step_seconds=seconds, data_seconds=waited)
         for loss, correct1, correct5, images in sums[len(own) :].view(steps, 4).tolist():
             self._losses.append(loss / world)
             self._since_log.update(images=images, loss=loss / world * images, acc1=100 * correct1, acc5=100 * correct5)
         self._since_sync, self._synced, self._waited = [], now, loader.wait_seconds
-        self._sync_every = max(1, int(SYNC_SECONDS * steps * world / seconds))
+        self._sync_every = max(1, int(SYNC_SECONDS * steps / seconds))
         self._stop_signal = next((signum for signum, count in zip(STOP_SIGNALS, signals) if count), 0)
         for text in loader.share_bad() if new_bad else ():
             self.line("[Warning] " + text)
@@ -290,7 +284,7 @@ class Log:
             numbers = sorted(Counter(loader.images.targets.tolist()).items())
             rows = [[names[i], n, right[i], "{:.3f}".format(100 * right[i] / n)] for i, n in numbers]
             csv.writer(table, lineterminator="\n").writerows([["class", "images", "correct", "Acc@1"], *rows])
-            checkpoint.write_atomic(self._args.per_class, table.getvalue().encode("utf-8", "surrogateescape"))
+            errors.write_atomic(self._args.per_class, table.getvalue().encode("utf-8", "surrogateescape"))
         self._best = max(self._best, (acc1, acc5))
         return acc1, acc5
 
@@ -300,21 +294,24 @@ class Log:
         return self._best[0] if self._best else 0.0
 
     def state_dict(self):
-        """Return what a checkpoint must keep: the best (Acc@1, Acc@5) so far, and when the run began."""
-        return {"best": self._best or None, "began": self._began}
+        """Return what a checkpoint must keep: the best (Acc@1, Acc@5) so far, the throughput, when the run began."""
+        return {"best": self._best or None, "began": self._began, "speed": self._speed()}
+
+    def _speed(self):
+        if not self._timed:  # as when an evaluation was all that was left to do
+            return self._old_speed
+        means = _averages(self._timed)
+        return {"fps": means["fps"], "step_seconds": means["step_seconds"], "loss": self._last_loss}
 
     def load_state_dict(self, state):
         """Take the state of the run that is resumed, and go on in its metrics.jsonl."""
         self._best, self._skipped = state["best"] or (), int(self._precision.skipped)
-        self._began = state.get("began", self._began)
+        self._began, self._old_speed = state.get("began", self._began), state.get("speed", {})
         self._record("run", began=self._began, **self._facts)
 
     def finish(self):
         """Write the result of the run as JSON: its throughput, its best accuracy."""
-        result = {"e2e_seconds": round(time.time() - self._started, 3)}
-        if self._timed:
-            means = _averages(self._timed)
-            result.update(fps=means["fps"], step_seconds=means["step_seconds"], loss=self._last_loss)
+        result = {"e2e_seconds": round(time.time() - self._started, 3), **self._speed()}
         result.update(zip(("acc1", "acc5"), self._best))
         self.line("=> result " + json.dumps(result, sort_keys=True))
         self._record("result", **result)

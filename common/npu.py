@@ -107,12 +107,6 @@ def fused_optimizer(kind):
             else:  # super() would move the weights into it, which a backward pass that follows does not survive
                 torch.optim.Optimizer.zero_grad(self)
 
-        def load_state_dict(self, state_dict):
-            super().load_state_dict(state_dict)
-            for state in self.state.values():
-                if "step" in state:
-                    state["step"] = int(state["step"])  # torch's own optimizers have a tensor there
-
     return Fused
 
 

@@ -14,7 +14,6 @@ import mmap
 import multiprocessing
 import os
 import shutil
-import signal
 import sys
 import zlib
 
@@ -144,9 +143,10 @@ def pack_split(images, path, args):
 
     places, numbers, pixels = np.zeros((len(images), 5), dtype=np.int64), range(len(images)), images.pixels
     workers = Workers(store, args.workers, (PIECE, 1), Ranks())
+    pieces = workers.batches((None, numbers[first : first + PIECE]) for first in numbers[::PIECE])
     with tqdm(desc=os.path.basename(path), total=len(images), unit=" images") as bar:
-        for _, results in workers.batches((None, numbers[first : first + PIECE]) for first in numbers[::PIECE]):
-            for number, (place, is_smaller, problem) in enumerate(results, bar.n):
+        for first, (_, results) in zip(numbers[::PIECE], pieces):
+            for number, (place, is_smaller, problem) in enumerate(results, first):
                 places[number] = place
                 if is_smaller:
                     pixels = "shorter side {} at most, {}, {}".format(args.size, args.interpolation, args.format)
@@ -155,10 +155,8 @@ def pack_split(images, path, args):
             bar.update(len(results))
     index, classes = io.BytesIO(), np.array([os.fsencode(name) for name in images.classes])
     np.savez(index, classes=classes, names=images.names, places=places, size=end.value, pixels=pixels)
-    with open(path + ".index.npz", "xb") as of_index:
-        of_index.write(index.getvalue())
-        of_index.flush()
-        os.fsync(of_index.fileno())
+    with errors.replacing(path + ".index.npz", index.getvalue()):
+        pass
     os.pwrite(file.fileno(), HEAD % zlib.crc32(index.getvalue()), 0)
     os.fsync(file.fileno())
 
@@ -204,5 +202,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the end, without a word: nothing is to be saved
     sys.exit(errors.run(main))

@@ -71,6 +71,7 @@ class Run:
         self.state = "complete"
         if not self.result:
             said = _read(self.folder, "train_*.log") + _read(self.folder, "nohup.out")
+            said = said.rpartition("=> run ")[2]  # of the last attempt
             words = [line for pattern in LAST_WORDS for line in re.findall(pattern, said)[-1:]]
             self.state = "FAILED: " + words[0] if words else "no end"
 
@@ -169,7 +170,7 @@ def write_results(run, mode):
     if mode != "eval":
         texts["train_{case}_loss.txt".format(**values)] = "".join("{:.8g}\n".format(loss) for loss in run.losses)
     for name, text in texts.items():
-        _write(run.folder / name, text.encode())
+        errors.write_atomic(str(run.folder / name), text.encode())
     shown = "Final Performance images/sec : {fps:.2f}\n" * ("fps" in values)
     shown += "Final Train Accuracy : {acc1:.3f}\n" * ("acc1" in values)
     print((shown + "E2E Training Duration sec : {e2e_seconds:.0f}").format(**values))
@@ -178,16 +179,6 @@ def write_results(run, mode):
             draw([run], run.folder / "curves.png")
     except Exception as error:  # the run is complete, whatever a library that only draws comes up with
         print("no curves.png: {}".format(error))
-
-
-def _write(path, data):
-    """Write the file `path` whole or not at all; raises UserError where it cannot be written."""
-    new = Path("{}.tmp".format(path))
-    try:
-        new.write_bytes(data)
-        os.replace(str(new), str(path))
-    except OSError as error:
-        raise UserError("{}: {}".format(path, error.strerror)) from None
 
 
 def draw(runs, path):
@@ -214,7 +205,7 @@ def draw(runs, path):
     figure.legend(panel.lines[::2], names, loc="lower center", fontsize="small")  # a run has two lines
     figure.tight_layout(rect=(0, legend / height, 1, 1))
     figure.savefig(picture, format="png")
-    _write(path, picture.getvalue())
+    errors.write_atomic(str(path), picture.getvalue())
 
 
 def main(argv=None):

@@ -162,9 +162,6 @@ class CenterCrop:
         shorter = min(image.height, image.width)
         height, width = (self.resize * side // shorter for side in (image.height, image.width))
         top, left = round((height - self.size) / 2), round((width - self.size) / 2)
-        if shorter == self.resize:  # as in a pack that was made for it
-            result = image.pixels((top, left, self.size, self.size))
-            return out.copy_(torch.from_numpy(np.ascontiguousarray(result)))
         result = resize(image.pixels(), height, width, self.interpolation)
         return out.copy_(result[top : top + self.size, left : left + self.size])
 
@@ -258,7 +255,8 @@ class Workers:
         pipe = self._busy.popleft()
         try:
             while not pipe.poll(0.2):
-                if self._ranks.stop_signal and not pipe.poll(1):
+                # Other ranks may have their batch: if this one leaves them, what they do now is lost.
+                if self._ranks.stop_signal and not pipe.poll(1 if self._ranks.world_size == 1 else 10):
                     raise Stopped(self._ranks.stop_signal)
             result = pipe.recv()
         except (EOFError, OSError):

@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 import torch
 from torch import nn
 
-from common.data import UNUSED, find_classes, first_of, has_split
-from common.errors import UserError
+from common.data import UNUSED, find_classes, has_split
+from common.errors import UserError, first_of
 
 LEGACY_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # of what torch.save wrote before it wrote zip files
 HARMLESS = re.compile(  # what tensors, dicts and plain values are made of

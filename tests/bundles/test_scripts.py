@@ -1,5 +1,6 @@
 """The 40 scripts as a user types them: their form, what they refuse, and what a run leaves behind."""
 
+import fcntl
 import json
 import os
 import pathlib
@@ -204,6 +205,17 @@ def test_an_output_folder_that_cannot_be_written(bundle_copy):
     (folder / "test" / "output").write_text("in the way")
     assert_refused(run_script(folder, "performance_1p"), 1, "test/output cannot be written")
     assert (folder / "test" / "output").read_text() == "in the way"
+
+
+def test_a_folder_that_another_run_writes_to_is_left_alone(bundle_copy):
+    folder = bundle_copy("MnasNet")
+    output = folder / "test" / "output" / "0"
+    output.mkdir(parents=True)
+    with open(str(output / "nohup.out"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        process = run_script(folder, "performance_1p", *small("MnasNet"))
+    assert_refused(process, 1, "another run writes to {}: give this one another --device_id".format(output))
+    assert os.listdir(str(output.parent)) == ["0"]
 
 
 def test_a_checkpoint_folder_that_cannot_be_written(bundle_copy, few_digits, tmp_path):

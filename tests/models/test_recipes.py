@@ -340,6 +340,14 @@ def test_mixup_targets_are_timms(count):
         assert soft[-1].max().item() == pytest.approx(0.9 + 0.1 / 10)
 
 
+@pytest.mark.parametrize("policy", ["rand-m0", "rand-m2", "rand-m2-inc1", "rand-m9-mstd101"])
+def test_posterize_keeps_a_bit_at_any_magnitude(policy):
+    with imported("SPACH-SMLP", "main") as main:
+        operations = main.build_augment(types.SimpleNamespace(aa=policy, image_size=64)).ops
+    strengths = [op.level_fn(level / 10, {}) for op in operations if op.name[:9] == "Posterize" for level in range(101)]
+    assert strengths and min(bits for (bits,) in strengths) >= 1
+
+
 @pytest.mark.parametrize("bundle", ["SPACH-SMLP", *COSINE])
 def test_the_average_of_weights_and_buffers_is_timms(bundle):
     torch.manual_seed(0)
@@ -354,7 +362,7 @@ def test_the_average_of_weights_and_buffers_is_timms(bundle):
                 parameter.add_(torch.randn_like(parameter))
         average.update()
         theirs.update(model)
-    state, expected = average.state_dict(), theirs.module.state_dict()
+    state, expected = average.model.state_dict(), theirs.module.state_dict()
     assert all(torch.allclose(state[name], expected[name], atol=1e-6) for name in state if "batches" not in name)
     assert state["1.num_batches_tracked"] == 10
     assert not torch.allclose(state["0.weight"], model[0].weight)

@@ -247,3 +247,29 @@ def test_all_gather_takes_what_json_can_write():
     ranks.join("gloo")
     value = {"text": "ä\n", "list": [1, 2.5, None, True]}
     assert ranks.all_gather(value) == [value]
+
+
+LEFT_OVER = [{"RANK": "1"}, {"WORLD_SIZE": "8"}, {"RANK": "0", "WORLD_SIZE": "1"}, {"LOCAL_RANK": "3"}]
+
+
+@pytest.mark.parametrize("variables", LEFT_OVER, ids=str)
+def test_what_a_container_sets_for_its_own_use_makes_no_rank(variables, monkeypatch, capfd):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    ranks = distributed.Ranks()
+    assert (ranks.rank, ranks.local_rank, ranks.world_size, ranks.local_world_size) == (0, 0, 1, 1)
+    assert ranks.all_gather(7) == [7]
+    assert distributed.should_spawn(parsed("--device-list 0,1"))
+    errors.print_error("wrong")
+    assert capfd.readouterr().err == "[Error] wrong\n"
+
+
+def test_half_of_what_torchrun_sets_is_one_line(monkeypatch):
+    """As in the pods of some clusters: training alone in each would be a guess."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(errors.UserError, match=r"^RANK and WORLD_SIZE are set, LOCAL_RANK is not: set it and LOCAL_"):
+        distributed.should_spawn(parsed(""))

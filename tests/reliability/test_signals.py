@@ -1,9 +1,11 @@
 """SIGTERM and Ctrl-C at any moment, through the shell scripts too: a checkpoint, the right status, nothing left."""
 
+import fcntl
 import os
 import random
 import re
 import signal
+import subprocess
 import time
 
 import pytest
@@ -41,8 +43,11 @@ def assert_saved(job, out):
 @pytest.mark.parametrize("ranks", RANKS)
 def test_the_scripts_pass_signals_on(name, ranks, data, bundle_copy, tmp_path):
     """INT as a terminal sends it: to the whole group of processes."""
-    job = helpers.Job(script(bundle_copy("MnasNet"), data, tmp_path, ranks), tmp_path / "log")
+    folder = bundle_copy("MnasNet")
+    job = helpers.Job(script(folder, data, tmp_path, ranks), tmp_path / "log")
     job.wait_for(r"Epoch: \[0\]\[ +2/")
+    with open(str(folder / "test/output/0/nohup.out")) as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # no other run may take its folder
     send = os.killpg if name == "INT" else os.kill
     send(job.process.pid, getattr(signal, "SIG" + name))
     assert job.end() == 128 + getattr(signal, "SIG" + name), job.text()
@@ -107,6 +112,45 @@ def test_while_the_data_hangs(ranks, data, tmp_path):
     epoch, samples = helpers.position(tmp_path)
     lost = len(parse_log.Run(tmp_path).losses) - (20 * MOST * epoch + samples) / (4 * ranks)
     assert lost == 0 if ranks == 1 else 0 <= lost < 2
+
+
+def test_a_stall_of_the_data_that_passes_loses_nothing(data, tmp_path):
+    """The other rank has its batch, and waits in the step."""
+    words = ["--device-list", "0,1", "--epochs", "9", "-p", "1"]
+    job = helpers.Job(helpers.command("MnasNet", data, tmp_path, *words), tmp_path / "log")
+    job.wait_for(r"Epoch: \[0\]\[ +4/")
+    frozen = children(job, job.ranks(2)[1])
+    for pid in frozen:
+        os.kill(pid, signal.SIGSTOP)
+    wait_until_silent(job)
+    os.kill(job.process.pid, signal.SIGTERM)
+    time.sleep(3)
+    for pid in frozen:
+        os.kill(pid, signal.SIGCONT)
+    assert job.end() == 143, job.text()
+    epoch, samples = assert_saved(job, tmp_path)
+    assert (epoch, samples) >= (0, 4 * 8)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ctrl_c_saves_though_the_reader_of_the_output_ends_first(ranks, data, tmp_path):
+    """As in `python main.py ... 2>&1 | tee log`, where the terminal sends it to both."""
+    words = ["--device-list", "0,1"[: 2 * ranks - 1], "--epochs", "9", "-p", "1", "--log-dir", tmp_path]
+    words = [str(word) for word in helpers.command("MnasNet", data, tmp_path, *words)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
+    process = subprocess.Popen(words, env=dict(os.environ, OMP_NUM_THREADS="1"), **options)
+    try:
+        while b"[   2/" not in process.stdout.readline():
+            assert process.poll() is None
+        process.stdout.close()
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(helpers.LIMIT) == 130
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    text = (tmp_path / "train_0.log").read_text()
+    epoch, samples = re.search(r"SIG(?:INT|TERM) in epoch (\d+), (\d+) samples done: --resume", text).groups()
+    assert helpers.position(tmp_path) == (int(epoch), int(samples))
 
 
 def test_while_the_data_of_an_evaluation_hangs(data, tmp_path):

@@ -20,14 +20,14 @@ MUTATIONS = [
     # Reliability
     Mutation(
         "a checkpoint is on the disk before it gets its name",
-        "common/checkpoint.py",
+        "common/errors.py",
         "os.fsync(file.fileno())",
         "pass",
         RELIABILITY + "bad_files.py::test_a_file_is_on_the_disk_before_it_takes_the_name_of_another",
     ),
     Mutation(
         "a checkpoint takes its name at once, when it is whole",
-        "common/checkpoint.py",
+        "common/errors.py",
         "os.replace(name, path)",
         'open(path, "wb").write(open(name, "rb").read())',
         RELIABILITY + "bad_files.py::test_a_file_is_on_the_disk_before_it_takes_the_name_of_another",

@@ -199,6 +199,38 @@ def test_synthetic_batches_have_the_place_of_real_ones():
     assert not item.new_bad
 
 
+def test_what_a_step_does_to_synthetic_images_does_not_reach_the_next():
+    args = types.SimpleNamespace(batch_size=2, seed=1, accumulate=1)
+    batches = SyntheticLoader(types.SimpleNamespace(prepare=torch.Tensor.clone, **vars(card())), 3, 7, args).batches()
+    first = next(batches).images
+    expected = first.clone()
+    first.zero_()  # as random erasing does
+    assert torch.equal(next(batches).images, expected)
+
+
+def test_ranks_that_would_train_on_other_images_are_refused(few_digits, monkeypatch):
+    stand_in = card(0, 2)
+    stand_in.ranks.all_gather = lambda value: [value, dict(value, images=39) if isinstance(value, dict) else value]
+    monkeypatch.setattr("tests.helpers.card", lambda *_: stand_in)
+    with pytest.raises(UserError, match="train: the nodes have other images, or another --seed or --repeats"):
+        loader(few_digits, True)
+
+
+@pytest.mark.parametrize("inside", ["train", "train/5", "train/5/deep"])
+def test_a_folder_that_cannot_be_read_is_not_left_out(inside, tmp_path, monkeypatch):
+    root, scandir = write_set(tmp_path, {"5/1.jpg": JPEG, "5/deep/2.jpg": JPEG, "7/1.jpg": JPEG}), os.scandir
+
+    def broken(path):
+        if str(path) == os.path.join(root, inside):
+            raise OSError(5, "Input/output error", str(path))
+        return scandir(path)
+
+    assert len(ImageFolder(root, "train")) == 3
+    monkeypatch.setattr(os, "scandir", broken)
+    with pytest.raises(UserError, match="^{} cannot be read: Input/output error$".format(os.path.join(root, inside))):
+        ImageFolder(root, "train")
+
+
 # What a user may get wrong.
 
 
@@ -254,7 +286,7 @@ def test_flat_and_wrong_folders_are_refused_with_the_cure(tmp_path):
     assert "val has 1 class folders that train/ does not know: emu" in refused(ImageFolder, str(root), "val")
     (root / "empty" / "train" / "cat").mkdir(parents=True)
     assert "train has no images (.jpg" in refused(ImageFolder, str(root / "empty"), "train")
-    assert "has no images (.jpg" in refused(find_images, str(tmp_path / "nowhere"))
+    assert "nowhere/ cannot be read: No such file or directory" in refused(find_images, str(tmp_path / "nowhere"))
 
 
 def options(**values):
@@ -382,7 +414,7 @@ def test_eight_ranks_on_192_cores_need_less_than_16_gib(few_digits, monkeypatch)
 
 def test_the_rank_that_sees_least_memory_decides_for_all(few_digits, monkeypatch):
     stand_in = card(0, 2)
-    stand_in.ranks.all_gather = lambda value: [value, 10000]
+    stand_in.ranks.all_gather = lambda value: [value, 10000 if isinstance(value, int) else value]
     monkeypatch.setattr("tests.helpers.card", lambda *_: stand_in)
     with pytest.raises(UserError, match=r"batches in memory need \d+ MB, 0 MB are free: fewer --workers"):
         loader(few_digits, True)

@@ -158,6 +158,16 @@ def export_model(model, **options):
     export.run(types.SimpleNamespace(**args), model, ["a"] * 10, crop, (0.5,) * 3, (0.5,) * 3, card, log)
 
 
+@pytest.mark.parametrize("half, value", [(True, 7e4), (False, float("nan"))])
+def test_weights_that_are_no_numbers_in_the_file_are_refused(half, value, tmp_path):
+    model = Moody(0)
+    with torch.no_grad():
+        model.head.bias[3] = value
+    with pytest.raises(UserError, match="no file: weights are not finite numbers, or too large for the float16"):
+        export_model(model, export=str(tmp_path / "model.safetensors"), half=half)
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("by, text", [(1e-3, "0.001"), (float("nan"), "nan")])
 def test_a_file_that_computes_otherwise_is_not_written(by, text, tmp_path):
     path = tmp_path / "model.onnx"

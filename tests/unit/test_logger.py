@@ -91,7 +91,8 @@ def test_fps_is_images_by_wall_time_between_log_points_whatever_lies_between(wor
     """First steps of 9 s, then 0.5 s a step (slow: 3 s, so that every step is a sync point), a checkpoint of 100 s."""
     clock, step_seconds = Clock(monkeypatch), 3.0 if slow else 0.5
     ranks = FakeRanks(world=world)
-    ranks.sum = lambda tensor: tensor * world  # all ranks have done the same
+    # All ranks have done the same; the clock is rank 0's.
+    ranks.sum = lambda tensor: torch.cat([tensor[:1], tensor[1:] * world])
     log = make_log(ranks, print_freq=10, log_dir=str(tmp_path))
     loader = FakeLoader(steps=25, world=world)
     for number, batch in enumerate(log.steps(loader, 0, 0)):
@@ -106,6 +107,34 @@ def test_fps_is_images_by_wall_time_between_log_points_whatever_lies_between(wor
     assert result["step_seconds"] == pytest.approx(step_seconds)
     rates = [record["fps"] for record in records(tmp_path) if record["kind"] == "train"]
     assert rates == pytest.approx([4 * world / 9.0] + [4 * world / step_seconds] * 3)
+
+
+def test_a_checkpoint_does_not_count_though_the_other_ranks_wait_for_it(monkeypatch):
+    """Rank 0 alone writes, and its clock alone counts: that of the others has gone on."""
+    clock, ranks, told = Clock(monkeypatch), FakeRanks(rank=1, world=2), []
+    ranks.sum = lambda tensor: told.append(tensor[0].item()) or tensor + torch.tensor([2.0] + [0.0] * (len(tensor) - 1))
+    log = make_log(ranks, print_freq=1)
+    for batch in log.steps(FakeLoader(steps=3, world=2), 0, 0):
+        clock.now += 50.0
+        log.step(torch.tensor(2.0), torch.zeros(4, 8), batch, 0.1)
+    assert told == [0.0, 0.0, 0.0]
+
+
+def test_a_run_in_which_no_step_was_left_reports_the_throughput_of_the_one_that_it_goes_on_with(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    log = make_log(print_freq=10, log_dir=str(tmp_path))
+    for batch in log.steps(FakeLoader(steps=20), 0, 0):
+        clock.now += 0.5
+        log.step(torch.tensor(2.0), torch.zeros(4, 8), batch, 0.1)
+    resumed = make_log(log_dir=str(tmp_path / "second"))
+    resumed.load_state_dict(json.loads(json.dumps(log.state_dict())))
+    for made in (log, resumed):
+        made.finish()
+    first, second = records(tmp_path)[-1], records(tmp_path / "second")[-1]
+    assert (first["fps"], first["step_seconds"], first["loss"]) == pytest.approx((8.0, 0.5, 2.0))
+    assert [second[key] for key in ("fps", "step_seconds", "loss")] == [
+        first[key] for key in ("fps", "step_seconds", "loss")
+    ]
 
 
 def test_the_logged_loss_is_the_mean_over_images_also_where_the_last_batch_is_unequal(tmp_path):

@@ -50,7 +50,7 @@ WRONG = [  # for all bundles; where the value is None the option is a flag that 
 WRONG_OF_BUNDLE = {
     "MnasNet": [
         *(("--arch", "mnasnet2_0"), ("--warmup-epochs", "-1"), ("--momentum", "2"), ("--label-smoothing", "2")),
-        *(("--dropout", "1.1"), ("--bn-momentum", "-0.1")),
+        *(("--dropout", "1.1"), ("--bn-momentum", "-0.1"), ("--val-resize", "222")),
     ],
     "SPNASNet_100": [
         *(("--momentum", "2"), ("--label-smoothing", "2"), ("--color-jitter", "-1"), ("--reprob", "2")),
@@ -58,16 +58,17 @@ WRONG_OF_BUNDLE = {
     ],
     "SPACH-SMLP": [
         *(("--image-size", "33"), ("--aa", "nonsense"), ("--aa", ""), ("--repeats", "0"), ("--mixup", "nan")),
-        *(("--mixup", "-1"), ("--cutmix", "-1"), ("--ema-decay", "2"), ("--drop-path", "2"), ("--reprob", "-1")),
+        *(("--mixup", "-1"), ("--cutmix", "-1"), ("--ema-decay", "2"), ("--drop-path", "1"), ("--reprob", "-1")),
+        ("--image-size", "100"),
         *(("--label-smoothing", "2"), ("--warmup-epochs", "-1"), ("--cooldown-epochs", "-1"), ("--world_size", "0")),
     ],
     "PnasNet5Large": [
-        *(("--image-size", "64"), ("--aux-weight", "-1"), ("--drop-path", "2"), ("--dropout", "2")),
+        *(("--image-size", "64"), ("--aux-weight", "-1"), ("--drop-path", "1"), ("--dropout", "2")),
         *(("--lr-decay", "0"), ("--lr-decay", "nan"), ("--momentum", "2")),
     ],
     "ShuffleNetV2": [
         *(("--channel-shuffle", "wick"), ("--color-jitter", "-1"), ("--warm_up_epochs", "-1"), ("--momentum", "2")),
-        *(("--benchmark", "2"), ("--benchmark", "")),
+        *(("--benchmark", "2"), ("--benchmark", ""), ("--val-resize", "222")),
     ],
 }
 CASES = [

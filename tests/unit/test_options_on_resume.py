@@ -28,7 +28,7 @@ TABLE = {
     "image_size": (FILE, FILE, FILE),
     "zero_pad": (FILE, FILE, FILE),
     "channel_shuffle": (FILE, FILE, FILE),
-    "eval_ema": (FILE, FILE, FILE),
+    "eval_ema": (FILE, FILE, LINE),
     "val_size": (FILE, FILE, FILE),
     "val_resize": (FILE, FILE, FILE),
     "num_classes": (FILE, FILE, LINE),  # on --resume the lists of classes must agree, not the options
@@ -58,6 +58,7 @@ OTHERS = {
     "dist_url": "env://",
     "loss_scale": "32",
     "drop_path": "0.125",
+    "val_resize": "300",
 }  # values that are none of the defaults
 # What cannot be given alone, on a CPU and beside --data.
 UNSPOKEN = ("data", "synthetic", "device", "output_dir", "jit_compile", "internal_format", "world_size", "rank")

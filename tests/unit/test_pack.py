@@ -28,6 +28,17 @@ def packed(source, target, *options):
     return target
 
 
+@pytest.mark.parametrize("kind", ["raw", "jpeg"])
+def test_no_image_is_lost_where_the_progress_bar_is_switched_off(kind, few_digits, tmp_path, monkeypatch):
+    """tqdm reads the variable when it is imported, and a bar without a display does not count."""
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    command = [sys.executable, "-m", "common.pack", str(few_digits), str(tmp_path / "packed"), "--format", kind]
+    subprocess.run(command, cwd=str(ROOT), check=True, timeout=helpers.LIMIT)
+    whole = packed(few_digits, tmp_path / "whole", "--format", kind)
+    places = [pack.Pack(str(folder / "train"))._places for folder in (tmp_path / "packed", whole)]
+    assert np.array_equal(places[0][:, 1:], places[1][:, 1:]) and (places[0][:, 1] > 0).all()
+
+
 def pixels(images, index):
     return images.image(index).pixels()
 
@@ -266,9 +277,9 @@ def test_an_interrupted_packing_leaves_no_data_set_and_no_process(signum, few_di
     target = tmp_path / "packed"
     command = [sys.executable, "-m", "common.pack", str(few_digits), str(target), "--workers", "2"]
     hung = "import os, runpy, sys, time; os.pwrite = lambda *_: time.sleep(100); sys.argv = {!r}; "
-    hung += "runpy.run_module('common.pack', run_name='__main__')"
+    hung = (hung + "runpy.run_module('common.pack', run_name='__main__')").format(command[1:2] + command[3:])
     process = subprocess.Popen(
-        [sys.executable, "-c", hung.format(command[2:])], cwd=str(ROOT), stderr=subprocess.PIPE, start_new_session=True
+        [sys.executable, "-c", hung], cwd=str(ROOT), stderr=subprocess.PIPE, start_new_session=True
     )
     while not (tmp_path / "packed.part" / "train.pack").exists():
         assert process.poll() is None

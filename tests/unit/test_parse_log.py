@@ -94,6 +94,12 @@ def test_every_kind_of_run_has_its_row_and_failed_ones_say_why(runs):
     assert (rows["0"]["Epochs"], rows["0"]["AMP_Type"]) == ("0.5/2", "O0")
 
 
+def test_a_run_that_goes_on_after_a_failure_has_not_failed(tmp_path):
+    log = "=> run {}\n[Error] rank 1: out of memory\nSIGTERM in epoch 0, 5 samples done: x\n=> run {}\nEpoch: [0]\n"
+    assert parse_log.Run(write(tmp_path / "restarted", WHOLE[:3], log=log)).state == "no end"
+    assert parse_log.Run(write(tmp_path / "again", WHOLE[:3], log=log + "[Error] x\n")).state == "FAILED: [Error] x"
+
+
 def test_an_evaluation_can_be_told_from_a_training(runs):
     rows = rows_of(runs)
     row = rows["0_eval"]
@@ -256,7 +262,7 @@ def test_what_is_refused_is_one_line(runs):
         (["--compare", runs, output / "half"], "--compare needs two runs"),
         ([output / "failed", "--mode", "full"], "did not reach its end (FAILED: [Error] the loss is not a finite"),
         ([output / "0_eval", "--plot", runs / "x.png"], "no training to draw"),
-        ([output / "complete", "--plot", runs / "nowhere" / "x.png"], "nowhere/x.png: No such file or directory"),
+        ([output / "complete", "--plot", runs / "nowhere" / "x.png"], "nowhere/x.png cannot be written: No such file"),
     ):
         process = tool(*words)
         assert process.returncode == 1
