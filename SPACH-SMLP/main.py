@@ -48,7 +48,7 @@ def build_parser():
     group = parser.add_argument_group("network and recipe")
     add = group.add_argument
     add("-a", "--arch", "--model", default="smlpnet_tiny", choices=models.__all__, metavar="NAME", help="%(choices)s")
-    add("--drop-path", type=rate, metavar="RATE", help="default: smlpnet 0 tiny, 0.2 small, 0.3 base; spach 0.1")
+    add("--drop-path", type=rate, metavar="RATE", help="default: smlpnet 0, 0.2, 0.3 by size; spach 0, upstream 0.1")
     add("--image-size", type=positive_int, default=224, metavar="PIXELS", help="val/ is resized to 8/7 of it")
     add("--crop-scale", type=share, default=0.08, metavar="MIN", help="smallest crop, share of the area")
     add("--flip", type=share, default=0.5, metavar="P", help="probability of a horizontal flip")

@@ -69,9 +69,8 @@ def load(parser, argv, args, architectures, network_options, folder):
     if path is None and args.pretrained:
         path, content = args.pretrained, read(args.pretrained)
     if path and isinstance(content.get("args"), dict) and content.get("arch") in architectures:  # this bundle wrote it
-        names = ["arch", *network_options, "num_classes"]
-        if not resume:  # fine-tuning: other classes, and an average of its own
-            names = [name for name in names if name not in ("num_classes", "eval_ema")]
+        others = () if resume else ("num_classes", "eval_ema")  # fine-tuning has classes and an average of its own
+        names = [name for name in ("arch", *network_options, "num_classes") if name not in others]
         recorded = dict(content["args"], arch=content["arch"])
         known = {name: recorded[name] for name in names if name in recorded}
         parser.set_defaults(**known)

@@ -117,8 +117,7 @@ class ImageFolder(Images):
         """
         folder, folders = os.path.join(root, split), find_classes(root, split)
         self.classes = classes or find_classes(root, "train" if has_split(root, "train") else split)
-        # Of two classes of one name, which older checkpoints may have, the first counts.
-        numbers = {name: number for number, name in reversed(list(enumerate(self.classes)))}
+        numbers = {name: number for number, name in reversed(list(enumerate(self.classes)))}  # of two the first counts
         unknown = [name for name in folders if name not in numbers]
         if unknown:
             text = "{} has {} class folders that {} does not know: {}"

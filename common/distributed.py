@@ -31,8 +31,7 @@ class Ranks:
 
     def __init__(self):
         place = os.environ if is_distributed() else {}
-        self.rank = int(place.get("RANK", 0))
-        self.local_rank = int(place.get("LOCAL_RANK", 0))
+        self.rank, self.local_rank = (int(place.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
         self.world_size = int(place.get("WORLD_SIZE", 1))
         self.local_world_size = int(place.get("LOCAL_WORLD_SIZE", self.world_size))
         self.is_rank0 = self.rank == 0

@@ -113,10 +113,9 @@ said=$("${command[@]}" --check 2>&1) || status=$?
 
 # --- a fresh output folder; what an earlier run left is kept beside it
 { mkdir -p "$test_dir/output" && [ -w "$test_dir/output" ]; } 2>/dev/null || fail "$test_dir/output cannot be written"
-if [ -e "$output" ]; then
-    code=0 # a run that was killed a moment ago may hold it a little longer
-    flock -w 5 -E 75 "$output/nohup.out" true 2>/dev/null || code=$?
-    [ "$code" != 75 ] || fail "another run writes to $output: give this one another --device_id"
+if [ -e "$output" ]; then # a run that was killed a moment ago may hold it a little longer
+    flock -w 5 -E 75 "$output/nohup.out" true 2>/dev/null || [ $? != 75 ] ||
+        fail "another run writes to $output: give this one another --device_id"
     previous=$output.prev-$(date +%Y%m%d-%H%M%S)
     while [ -e "$previous" ]; do previous+=x; done
     mv "$output" "$previous"

@@ -203,8 +203,7 @@ class Log:
         """Add up what all ranks have done since the last time, and share their signals and bad images."""
         self._card.synchronize()
         now, loader, world, steps = time.perf_counter(), self._loader, self._ranks.world_size, len(self._since_sync)
-        # Rank 0's clock, the one that stops for a checkpoint: the others wait for it then.
-        own = [(now - self._synced) * self._ranks.is_rank0, len(loader.new_bad)]
+        own = [(now - self._synced) * self._ranks.is_rank0, len(loader.new_bad)]  # a checkpoint stops rank 0's clock
         own += [self._ranks.stop_signal == signum for signum in STOP_SIGNALS]
         own = torch.tensor(own, dtype=torch.float32, device=self._card.torch_device)
         sums = self._ranks.sum(torch.cat([own, *self._since_sync])).cpu()

