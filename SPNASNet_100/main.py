@@ -3,7 +3,7 @@
 
 Paper: https://arxiv.org/abs/1904.02877. Recipe: SGD with momentum, cosine schedule with warm-up, label smoothing,
 colour jitter, random erasing. Published for eight NPUs: 3860.241 images/s; the Acc@1 published with it, 82.665, cannot
-be the validation accuracy: the best published one is pytorchcv's, 74.59.
+be the validation accuracy: the best published one is the paper's, 74.96.
 
     python main.py --data /data/imagenet --amp
     python main.py --data /data/imagenet --amp --multiprocessing-distributed --device-list 0,1,2,3,4,5,6,7

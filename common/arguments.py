@@ -199,8 +199,9 @@ def parse(parser, argv):
         args.device = device.choose_type(args.device)
         device.check(args)
     _fit(args)
-    if "://" in (args.pretrained or "") and not args.dry_run:
-        args.pretrained = weights.download(args.pretrained)
+    for option in ("resume", "pretrained"):
+        if "://" in (getattr(args, option) or "") and not args.dry_run:
+            setattr(args, option, weights.download(getattr(args, option)))
     if args.dry_run:
         for notice in args.notices:
             print(notice)

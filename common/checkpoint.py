@@ -69,7 +69,8 @@ def load(parser, argv, args, architectures, network_options, folder):
     if path is None and args.pretrained:
         path, content = args.pretrained, read(args.pretrained)
     if path and isinstance(content.get("args"), dict) and content.get("arch") in architectures:  # this bundle wrote it
-        others = () if resume else ("num_classes", "eval_ema")  # fine-tuning has classes and an average of its own
+        others = [] if resume else ["num_classes", "eval_ema"]  # fine-tuning has classes and an average of its own
+        others += ["eval_ema"] * ("state_dict_ema" not in content)  # nothing was averaged
         names = [name for name in ("arch", *network_options, "num_classes") if name not in others]
         recorded = dict(content["args"], arch=content["arch"])
         known = {name: recorded[name] for name in names if name in recorded}
@@ -168,6 +169,9 @@ class Checkpoints:
         for name, part in self._parts.items():
             try:
                 part.load_state_dict(_with_options_of(part, content[name]))
+                for param, state in getattr(part, "state", {}).items():  # fused steps read both in the order of memory
+                    for key in [key for key, value in state.items() if getattr(value, "shape", None) == param.shape]:
+                        state[key] = torch.empty_like(param).copy_(state[key])
             except Exception as error:  # each part complains in its own way
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise UserError("{} cannot be resumed: its {} does not fit ({})".format(path, name, reason)) from None

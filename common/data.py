@@ -28,11 +28,10 @@ def has_split(root, split):
 
 
 def _open_pack(folder):
-    if not os.path.isfile(folder + ".pack"):
-        return None
-    from common.pack import Pack  # only where there is one
+    if os.path.isfile(folder + ".pack"):
+        from common.pack import Pack  # only where there is one
 
-    return Pack(folder)
+        return Pack(folder)
 
 
 def find_classes(root, split):
@@ -54,7 +53,7 @@ def _is_hidden(name):
     return name.startswith(".") or name == "__MACOSX"  # notebooks and archives leave such folders
 
 
-def _image_names(root, inside=""):
+def image_names(root, inside=""):
     """Return the names, relative to `root`, of all image files below its folder `inside`, in torchvision's order."""
     names = []
     for folder, _, files in sorted(os.walk(os.path.join(root, inside), onerror=refuse, followlinks=True)):
@@ -99,14 +98,6 @@ class Images:
             return file.read()
 
 
-def find_images(path):
-    """Return the `Images` that `path` is or holds, their targets being their own numbers."""
-    if os.path.isfile(path):
-        return Images(os.path.dirname(path), [os.path.basename(path)], [0])
-    names = _image_names(path)
-    return Images(path, names, range(len(names)))
-
-
 class ImageFolder(Images):
     """The images of DIR/train or DIR/val, in torchvision's order; `classes` are the names that `targets` number."""
 
@@ -125,7 +116,7 @@ class ImageFolder(Images):
             known = "the checkpoint" if classes else "train/"
             raise UserError(text.format(folder, len(unknown), known, first_of(unknown)))
         pack = _open_pack(folder)
-        names = pack.names if pack else [name for inside in folders for name in _image_names(folder, inside)]
+        names = pack.names if pack else [name for inside in folders for name in image_names(folder, inside)]
         super().__init__(folder, names, [numbers[os.fsdecode(name).split(os.sep)[0]] for name in names], pack)
         seen = set(self.targets.tolist())
         empty = [name for i, name in enumerate(self.classes) if i not in seen and name != UNUSED.format(i)]
@@ -194,6 +185,10 @@ class Loader:
         shift = -torch.tensor(mean) * 255 * scale
         self._scale, self._shift = (values.repeat(transform.size).to(card.torch_device) for values in (scale, shift))
         args.notices += [line for line in images.notices if line not in args.notices]
+        packed = not training and images.pixels.startswith("shorter side")
+        if packed and "side {resize} at most, {interpolation}, ".format(**vars(transform)) not in images.pixels:
+            text = "[Warning] {} is a pack of {}: --size {} --interpolation {} has the folder's Acc@1"
+            args.notices.append(text.format(images.folder, images.pixels, transform.resize, transform.interpolation))
 
     def __len__(self):
         return len(self.images)
@@ -235,7 +230,9 @@ class Loader:
             order = epoch_order(len(self), self._seed, epoch, self._repeats)
         else:
             order, self.bad = np.arange(len(self)), {}
-        crops = self._workers.batches((epoch, list(zip(part, order[part].tolist()))) for part in own)
+        # Copies of an image stand apart in a batch, for MixUp and CutMix take neighbours.
+        pairs = (sorted(zip(part, order[part].tolist()), key=lambda pair: pair[0] % self._repeats) for part in own)
+        crops = self._workers.batches((epoch, items) for items in pairs)
         for _ in own:
             began = time.perf_counter()
             pixels, results = next(crops)

@@ -59,6 +59,8 @@ def check(args):
     for option, place, name in (("compile", torch, "compile"), ("profile", profile, "start")):
         if getattr(args, option) and not hasattr(place, name):
             raise UserError("--{}: torch {} does not have it".format(option, torch.__version__))
+    if kind == "cuda" and args.accumulate > 1 and args.compile not in (None, "default"):
+        raise UserError("--compile {}: its graphs overwrite the gradients of --accumulate".format(args.compile))
     compiler = {"cuda": find_spec("triton"), "cpu": shutil.which(os.environ.get("CXX", "g++"))}.get(kind, True)
     if args.compile and not compiler:
         raise UserError("--compile needs a C++ compiler on a CPU (g++ or $CXX), on CUDA triton")

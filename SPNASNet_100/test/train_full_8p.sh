@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SPNASNet-100 on eight cards, 150 epochs. Expected: Acc@1 up to 74.086 (timm's recipe); 3860.241 images/s for NPUs (ModelZoo, O2).
+# SPNASNet-100 on eight cards, 150 epochs. No credible Acc@1 is published for it (timm's recipe: 74.086); 3860.241 images/s for NPUs (ModelZoo, O2).
 exec bash "$(dirname "$0")/../../common/launch.sh" "$0" "$@" -- \
     --arch spnasnet_100 --epochs 150 --batch-size 256 --cpu-batch-size 32 --lr 0.4 --warmup-epochs 5 \
     --momentum 0.9 --weight_decay 1e-4 --label-smoothing 0.1 --color-jitter 0.4 --reprob 0.5 --amp --opt-level O2 \

@@ -152,3 +152,17 @@ def test_the_images_of_the_sample_set(digits):
     assert len(train) == 1497 and len(list((digits / "val").rglob("*.jpg"))) == 300
     image = Image.open(str(train[0]))
     assert (image.mode, image.size) == ("RGB", (64, 64))
+
+
+@pytest.mark.slow  # half a minute of g++
+def test_compiled_steps_lose_what_others_lose(few_digits, bundle_copy, tmp_path):
+    """Of a network without BatchNorm, which carries rounding to ReLUs that then open or close."""
+    place, losses = bundle_copy("SPACH-SMLP"), []
+    options = ["--data_path={}".format(few_digits), "--max_steps=8", "--opt-level=O0", "--warmup-epochs=0"]
+    options += ["--learning_rate=0.1", *small("SPACH-SMLP")]
+    for more in ([], ["--compile"]):
+        process = run_script(place, "performance_1p", *options, *more, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+        assert process.returncode == 0, process.stdout + process.stderr
+        losses.append(loss_file(place))
+    assert max(losses[0]) - min(losses[0]) > 0.1 and losses[1] == pytest.approx(losses[0], rel=0, abs=1e-3)
+    assert list(tmp_path.rglob("*.so"))

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+from common import pack
 from tests.helpers import BUNDLES, ROOT, loss_file, result_file, tiers
 from tests.npu.harness import CANN, CHIPS, MOST_CARDS, PYTHON, assert_all_on_the_cards, assert_fine, run, small
 
@@ -35,20 +36,25 @@ FOLLOWED = ["MnasNet", "ShuffleNetV2", "SPNASNet_100", "SPACH-SMLP"]
 
 
 @pytest.mark.parametrize("bundle", tiers(FOLLOWED[:2], FOLLOWED))
-def test_twenty_steps_in_float32_lose_what_the_cpu_loses(bundle, bundle_copy, few_digits):
-    """With one memory layout on both: after ReLUs two layouts on one CPU part already."""
-    place = bundle_copy(bundle)
-    options = ["--data_path={}".format(few_digits), "--opt-level=O0", "--max_steps=20", "--epochs=9", "--batch_size=4"]
+def test_twenty_steps_in_float32_lose_what_the_cpu_loses(bundle, bundle_copy, few_digits, tmp_path):
+    """With one memory layout on both: after ReLUs two layouts on one CPU part already.
+
+    The card does it twice to the same bits, from the folder and from a pack.
+    """
+    place, packed = bundle_copy(bundle), tmp_path / "packed"
+    assert pack.main([str(few_digits), str(packed)]) == 0
+    options = ["--opt-level=O0", "--max_steps=20", "--epochs=9", "--batch_size=4"]
     rate = 0.001 if bundle == "SPACH-SMLP" else 0.01  # AdamW takes steps of its length, whatever the gradient's
     options += ["--learning_rate={}".format(rate), "--workers=1", "--memory-format=contiguous", "--torch-layers"]
     options += small(bundle)
     losses = []
-    for device in ("cpu", "npu"):
-        script(place, "performance_1p", "--device=" + device, *options)
+    for device, data in (("cpu", few_digits), ("npu", few_digits), ("npu", packed)):
+        script(place, "performance_1p", "--device=" + device, "--data_path={}".format(data), *options)
         losses.append(loss_file(place))
     assert len(losses[0]) == 20
     assert max(losses[0]) - min(losses[0]) > 0.1
     assert losses[1] == pytest.approx(losses[0], rel=0, abs=1e-5)
+    assert losses[2] == losses[1]
 
 
 # Five seeds on a CPU: MnasNet 96.5, deviation 0.8; ShuffleNetV2 96.8, deviation 1.2.

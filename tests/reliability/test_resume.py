@@ -116,6 +116,23 @@ def test_sigterm_in_the_middle_of_an_epoch(bundle, data, tmp_path):
     assert best[0] == best[1]
 
 
+@pytest.mark.parametrize("bundle", tiers(["MnasNet"], ["SPACH-SMLP"]))  # SGD, AdamW
+def test_a_resume_in_another_memory_layout_takes_the_same_steps(bundle, data, tmp_path):
+    """As from an NPU: fused optimizers read weights and momentum in the order of memory, others by their places."""
+    save, losses = tmp_path / "first", []
+    words = ["--opt-level", "O0", "--max-steps"]
+    process = helpers.run(helpers.command(bundle, data, save, *words, "3", "--memory-format", "contiguous"))
+    assert process.returncode == 0, process.stderr
+    for form in ("on", "off"):
+        out = tmp_path / form
+        more = ["8", "--resume", save / "checkpoint.pth.tar", "--fused-optimizer", form, "--log-dir", out]
+        process = helpers.run(helpers.command(bundle, data, out, *words, *more))
+        assert process.returncode == 0, process.stderr
+        losses.append(parse_log.Run(out).losses)
+    assert len(losses[0]) == 5
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
 def test_the_state_is_complete(whole):
     content = checkpoint.read(str(whole / "checkpoint.pth.tar"))
     expected = {

@@ -1,4 +1,4 @@
-"""--pretrained https://...: the file comes once, and only if its sha256 is the one that the address gives."""
+"""--pretrained and --resume https://...: the file comes once, and only with the sha256 that the address gives."""
 
 import functools
 import hashlib
@@ -61,6 +61,21 @@ def test_a_file_that_is_another_than_was_meant_is_refused_and_not_kept(name, lin
         with pytest.raises(UserError, match=line):
             weights.download(address + name)
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+
+
+def test_official_weights_are_measured_from_an_address(server, few_digits, bundle_copy):
+    address, folder, asked = server
+    with imported("MnasNet") as models:
+        torch.save(models.mnasnet0_5(10).state_dict(), str(folder / "official.pth"))
+    digits = hashlib.sha256((folder / "official.pth").read_bytes()).hexdigest()
+    options = ["--data_path={}".format(few_digits), "--device=cpu", *small("MnasNet")]
+    resume = "--resume={}official.pth#sha256={}".format(address, digits)
+    place = bundle_copy("MnasNet")
+    assert_refused(run_script(place, "eval_1p", *options, resume[:-8] + "00000000"), 1, "invalid hash value")
+    assert not (place / "test" / "output").exists()
+    process = run_script(place, "eval_1p", *options, resume)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "Final Train Accuracy" in process.stdout and len(asked) == 2
 
 
 def test_fine_tuning_from_an_address(server, few_digits, bundle_copy, tmp_path):

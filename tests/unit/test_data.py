@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from common.data import PADDING, ImageFolder, SyntheticLoader, epoch_order, find_classes, find_images
+from common import pack
+from common.data import PADDING, ImageFolder, Loader, SyntheticLoader, epoch_order, find_classes
 from common.device import seed_everything
 from common.errors import Stopped, UserError
 from common.transforms import CenterCrop, EncodedImage, RandomResizedCrop, Workers, import_torchvision
@@ -208,6 +209,42 @@ def test_what_a_step_does_to_synthetic_images_does_not_reach_the_next():
     assert torch.equal(next(batches).images, expected)
 
 
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_copies_of_an_image_are_no_neighbours_in_a_batch(world, tmp_path):
+    """torchvision's MixUp and CutMix mix each image with the one before it."""
+    folder = write_set(tmp_path, {"{}/{}.jpg".format(i % 2, i): JPEG for i in range(96)})
+    args = types.SimpleNamespace(batch_size=12, workers=0, seed=5, max_bad_images=0.0, notices=[], accumulate=1)
+    taken = []
+    for rank in range(world):
+        images = ImageFolder(folder, "train")
+        images.image = lambda index, image=images.image: taken.append(index) or image(index)
+        place = card(rank, world), images, RandomResizedCrop(8), args, (0.5,) * 3, (0.25,) * 3
+        list(Loader(*place, training=True, repeats=4).batches(epoch=1))
+    whole = epoch_order(96, 5, 1, repeats=4)
+    assert sorted(taken) == sorted(whole[:96].tolist())
+    batches = [taken[first : first + 12] for first in range(0, 96, 12)]
+    assert all(batch[i] != batch[i - 1] for batch in batches for i in range(12))
+
+
+LINE = "[Warning] {}/val is a pack of shorter side 32 at most, bilinear, raw: --size {} --interpolation {} "
+LINE += "has the folder's Acc@1"
+
+
+@pytest.mark.parametrize(
+    "size, interpolation, is_folders", [(32, "bilinear", True), (36, "bilinear", False), (32, "bicubic", False)]
+)
+def test_an_evaluation_of_a_pack_that_was_made_for_another_says_so(
+    size, interpolation, is_folders, few_digits, tmp_path
+):
+    root = write_set(tmp_path / "set", {"5/1.jpg": encoded(pattern())}, ["val"])
+    assert pack.main([root, str(tmp_path / "packed"), "--size", "32"]) == 0
+    for folder, expected in ((root, []), (str(tmp_path / "packed"), [] if is_folders else [LINE])):
+        args = types.SimpleNamespace(batch_size=2, workers=0, seed=5, notices=[], accumulate=1)
+        crop = CenterCrop(28, size, interpolation)
+        Loader(card(), ImageFolder(folder, "val"), crop, args, (0.5,) * 3, (0.25,) * 3, training=False)
+        assert args.notices == [line.format(folder, size, interpolation) for line in expected]
+
+
 def test_ranks_that_would_train_on_other_images_are_refused(few_digits, monkeypatch):
     stand_in = card(0, 2)
     stand_in.ranks.all_gather = lambda value: [value, dict(value, images=39) if isinstance(value, dict) else value]
@@ -286,7 +323,6 @@ def test_flat_and_wrong_folders_are_refused_with_the_cure(tmp_path):
     assert "val has 1 class folders that train/ does not know: emu" in refused(ImageFolder, str(root), "val")
     (root / "empty" / "train" / "cat").mkdir(parents=True)
     assert "train has no images (.jpg" in refused(ImageFolder, str(root / "empty"), "train")
-    assert "nowhere/ cannot be read: No such file or directory" in refused(find_images, str(tmp_path / "nowhere"))
 
 
 def options(**values):

@@ -68,6 +68,13 @@ def test_cards_are_seeded_too_once_they_are_used(monkeypatch):
     assert seeds[0] == seeds[1] != seeds[2] == torch.initial_seed()
 
 
+def test_graphs_whose_memory_the_next_batch_takes_do_not_accumulate():
+    options = {"jit_compile": "auto", "internal_format": "auto", "compile": "reduce-overhead", "profile": 0}
+    args = types.SimpleNamespace(device="cuda", accumulate=2, **options)
+    with pytest.raises(UserError, match="^--compile reduce-overhead: its graphs overwrite the gradients"):
+        device.check(args)
+
+
 def test_a_device_seeds_everything_and_turns_tf32_off():
     args = types.SimpleNamespace(device="cpu", memory_format="auto", dist_backend=None, seed=5 * 10**9)
     args.evaluate = args.export = args.predict = None

@@ -132,7 +132,16 @@ def words_of(mode, path):
 
 def write(path, recorded):
     """Write what a run with the options `recorded` might have saved, without its weights."""
+    content = {"arch": recorded["arch"], "args": recorded, "classes": ["a", "b"], "state_dict_ema": {}}
+    torch.save(content, path)
+
+
+def test_what_was_asked_for_and_never_averaged_is_not_looked_for(base, tmp_path):
+    """--eval-ema without --ema-decay: the file has no average to measure."""
+    path = str(tmp_path / "x.pth.tar")
+    recorded = dict(vars(load("MnasNet", base)), eval_ema=True)
     torch.save({"arch": recorded["arch"], "args": recorded, "classes": ["a", "b"]}, path)
+    assert load("MnasNet", [*base, *words_of("--evaluate", path)]).eval_ema is False
 
 
 def lines_of_resuming(args, content, **metadata):
