@@ -71,7 +71,7 @@ def test_cards_are_seeded_too_once_they_are_used(monkeypatch):
 def test_graphs_whose_memory_the_next_batch_takes_do_not_accumulate():
     options = {"jit_compile": "auto", "internal_format": "auto", "compile": "reduce-overhead", "profile": 0}
     args = types.SimpleNamespace(device="cuda", accumulate=2, **options)
-    with pytest.raises(UserError, match="^--compile reduce-overhead: its graphs overwrite the gradients"):
+    with pytest.raises(UserError, match=r"^--compile reduce-overhead: its graphs overwrite the gradients"):
         device.check(args)
 
 
