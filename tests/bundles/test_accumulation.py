@@ -93,7 +93,7 @@ def test_the_gradient_is_clipped_as_that_of_a_batch_as_large(whole, digits, tmp_
     flags = ["--max-steps=4", "--clip-grad=0.01", "--lr=0.5"]
     expected = train(digits, tmp_path / "whole", "-b128", *flags)
     found = train(digits, tmp_path / "parts", "-b32", "--accumulate=4", *flags)
-    assert found == pytest.approx(expected, rel=0, abs=1e-5)
+    assert found == pytest.approx(expected, rel=1e-5)  # losses of 2 to 28
 
 
 @pytest.mark.parametrize("world, start", [(1, 0), (1, 21), (2, 0), (3, 42)])
