@@ -16,10 +16,10 @@ import os
 import random
 import sys
 
-sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 import common  # noqa: F401  # before torch: it finds a torch_npu that would end the process
 
-BUNDLE = os.path.dirname(os.path.abspath(__file__))
+BUNDLE = os.path.dirname(os.path.realpath(__file__))
 
 import torch
 from torch import nn

@@ -16,12 +16,12 @@ import math
 import os
 import sys
 
-sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 import common  # before torch: it finds a torch_npu that would end the process
 
 common.require("timm")
 
-BUNDLE = os.path.dirname(os.path.abspath(__file__))
+BUNDLE = os.path.dirname(os.path.realpath(__file__))
 
 import torch
 from torch import nn

@@ -56,3 +56,5 @@ if NPU_PROBLEM or IS_TOOL:
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # no stack traces of connections that fail
 if IS_TOOL or os.path.basename(sys.argv[0]) == "main.py":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # nor one of Ctrl-C while torch is imported
+    if sys.stdout:  # else it is closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the locale cannot write ends no training

@@ -239,7 +239,9 @@ def _problems(args):
     yield network_alone and not has_weights, "--export and --predict need --resume FILE or --pretrained FILE"
     yield not (network_alone or args.data or args.synthetic), "--data DIR is missing (or --synthetic for random images)"
     for option, path in (("resume", file), ("pretrained", args.pretrained)):
-        yield path and "://" not in path and not os.path.isfile(path), "--{}: there is no file {}".format(option, path)
+        is_needed = option == "resume" or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # a restart resumes
+        is_missing = path and "://" not in path and not os.path.isfile(path)
+        yield is_needed and is_missing, "--{}: there is no file {}".format(option, path)
     yield args.predict and not os.path.exists(args.predict), "--predict: there is no {}".format(args.predict)
     table = os.path.abspath(args.per_class or "")
     no_file = args.per_class and (os.path.isdir(table) or not os.path.isdir(os.path.dirname(table)))

@@ -121,12 +121,12 @@ class Checkpoints:
         values of `metadata` ("classes", and "order": `Loader.order_facts`), and `args`.
         """
         self._ranks, self._args, self._log, self._parts = card.ranks, args, log, parts
-        self._folder, self.epoch, self.samples, self._saved = os.path.abspath(folder), 0, 0, (0, 0)
+        self._folder, self.epoch, self.samples, self._saved = os.path.realpath(folder), 0, 0, (0, 0)
         runs = sorted(set(self._ranks.all_gather(RUN)))
         self._metadata = dict(metadata, arch=args.arch, args=arguments.as_dict(args), run=runs)
         self._last, self._previous, self._best = files = [os.path.join(self._folder, name) for name in NAMES]
         # The file that is resumed and older ones are this run's own; newer ones, and another run's, will be renamed.
-        resumed = os.path.abspath(args.resume or "")
+        resumed = os.path.realpath(args.resume or "")
         self._foreign = files[: files.index(resumed)] if resumed in files else files
         self._writes = card.ranks.is_rank0 and not args.no_save
         log.when_stopped(self._stop)
@@ -148,7 +148,7 @@ class Checkpoints:
         """
         if self._args.resume:
             self._restore(content, self._args.resume)
-        position = [self.epoch, self.samples]
+        position = [self.epoch, self.samples, content.get("log", {}).get("began") if self._args.resume else 0]
         if any(other != position for other in self._ranks.all_gather(position)):
             raise UserError("the ranks resume different files: give each node what is in {}".format(self._folder))
 

@@ -144,7 +144,7 @@ def should_spawn(args):
         raise UserError("--rank {} is not a node of --world-size {} nodes".format(args.rank, args.world_size))
     if args.world_size > 1 and not args.addr and not args.dist_url:
         raise UserError("--world-size {}: give --addr HOST, the address of node 0".format(args.world_size))
-    return args.world_size * len(card_ids(args)) > 1 or args.multiprocessing_distributed
+    return args.world_size * len(card_ids(args)) > 1 or args.multiprocessing_distributed or args.max_restarts > 0
 
 
 def spawn(args, argv):
@@ -217,6 +217,8 @@ def _run_torchrun(args, count, node_0, script):
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.disable(logging.CRITICAL)  # of what our one line says, and tracebacks
+    for name in [name for name in os.environ if name.startswith("PET_")]:
+        del os.environ[name]  # torchrun's own defaults, which clusters set
     place = "--standalone --local_addr=127.0.0.1"
     if args.world_size > 1:
         place = "--nnodes={} --node_rank={} --master_addr={} --master_port={} --rdzv_conf=timeout={}"

@@ -4,6 +4,7 @@
 # Mode and number of cards come from the script's name (train_<mode>_<n>p.sh), the network from its folder.
 started=$(date +%s.%N) # E2ETrainingTime counts from here
 set -euo pipefail
+unset CDPATH resume epochs max_steps previous queue # which the user may have exported
 
 common=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 script=$1
@@ -41,7 +42,7 @@ END
 }
 
 # --- options: those of the script become flags of main.py, all others go there as they are; it refuses what is wrong
-data='' node='' device_id=${ASCEND_DEVICE_ID:-0} dry_run='' user=()
+data='' node='' log_dir='' device_id=${ASCEND_DEVICE_ID:-0} dry_run='' user=()
 while [ "$1" != -- ]; do
     option=${1%%=*} value=${1#*=} taken=1
     [[ $1 == *=* ]] || value=$2 taken=2
@@ -52,6 +53,7 @@ while [ "$1" != -- ]; do
     --device_id) device_id=$value ;;
     --rank_size) rank_size=$value ;;
     --rank) user+=(--rank "$value") && [ "$value" = 0 ] || node=_node$value ;; # nodes may share this folder
+    --log-dir) log_dir=$value user+=(--log-dir "$value") ;;
     --resume) [ -f "$value" ] && resume=$(realpath "$value") || resume=$value ;;
     --batch_size | --batch-size | -b) user+=(--batch-size "$value" --cpu-batch-size "$value") ;;
     --epochs | --epoch) epochs=$value user+=(--epochs "$value") ;;
@@ -65,6 +67,8 @@ done
 shift # what is left is the recipe
 [[ $rank_size =~ ^[1-9][0-9]{0,3}$ ]] || fail "--rank_size=$rank_size is not a number of cards" 2
 [[ $device_id =~ ^[0-9]{1,4}$ ]] || fail "--device_id=$device_id is not the number of a card" 2
+[ "$rank_size" = 1 ] || [ "${RANK+r}${LOCAL_RANK+l}${WORLD_SIZE+w}" != rlw ] ||
+    fail 'RANK, LOCAL_RANK and WORLD_SIZE are set, as torchrun does: unset them, this script starts its ranks itself' 2
 [ "${RANK_SIZE:-$rank_size}" = "$rank_size" ] || # images of other frameworks export it for good
     printf 'RANK_SIZE=%s is not used, the cards are %s: --rank_size changes that\n' "$RANK_SIZE" "$rank_size" >&2
 [ -z "${epochs+given}" ] || [ -n "${max_steps+given}" ] || user+=(--cpu-max-steps 0) # whole epochs were asked for
@@ -89,7 +93,7 @@ ranks=(--device-list "$device_id")
 environment=$(env | sort) python=${PYTHON:-python3}
 # shellcheck source=common/npu_env.sh
 source "$common/npu_env.sh"
-command=("$python" -u "$bundle/main.py" "$@" --log-dir "$output" --log-id "$device_id" "${ranks[@]}" "${user[@]}")
+command=("$python" -u "$bundle/main.py" "$@" --log-dir "${output/"$node"/}" --log-id "$device_id" "${ranks[@]}" "${user[@]}")
 [ -z "${resume+given}" ] || command+=("${uses[@]}" "$resume")
 if [ -n "$dry_run" ]; then
     printf 'command:\n  %s\nenvironment:\n' "$(printf '%q ' "${command[@]}")"
@@ -116,6 +120,7 @@ said=$("${command[@]}" --check 2>&1) || status=$?
 if [ -e "$output" ]; then # a run that was killed a moment ago may hold it a little longer
     flock -w 5 -E 75 "$output/nohup.out" true 2>/dev/null || [ $? != 75 ] ||
         fail "another run writes to $output: give this one another --device_id"
+    [ "$signal" = 0 ] || exit "$signal"
     previous=$output.prev-$(date +%Y%m%d-%H%M%S)
     while [ -e "$previous" ]; do previous+=x; done
     mv "$output" "$previous"
@@ -145,11 +150,12 @@ until [ -n "$status" ] && ! kill -0 "$pid" 2>/dev/null; do # a signal ends `wait
     wait "$pid" && status=0 || status=$?
 done
 exec 4>&- 5>&-
-wait "$tee_pid" 2>/dev/null || true
+for _ in {1..50}; do kill -0 "$tee_pid" 2>/dev/null && sleep 0.1; done # no longer: a stray process may hold the pipe
 [ "$signal" = 0 ] || status=$signal
 if [ "$status" != 0 ]; then
     echo "$(basename "$script" .sh) ended with status $status; all it said is in $output/nohup.out" | tee -a "$output/nohup.out" >&2
     exit "$status"
 fi
+output=${log_dir:-$output}
 [ -f "$output/metrics.jsonl" ] || { echo 'the log and the results are on node 0' && exit; }
 PYTHONPATH=$common/.. "$python" -m common.parse_log "$output" --mode "$mode"

@@ -75,7 +75,7 @@ class Log:
         self._resumes = bool(args.resume) and not args.evaluate
         self._best, self._old_speed, self.last_checkpoint, self._save = (), {}, None, lambda signum: None
         self._timed, self._untimed_steps, self._skipped = Counter(), None, 0
-        self._files, self._text = {}, "train_{}.log".format(args.log_id)
+        self._files, self._full, self._text = {}, set(), "train_{}.log".format(args.log_id)
         self._terminal = errors.open_terminal() if card.ranks.is_rank0 else None
         if args.log_dir and card.ranks.is_rank0:
             try:
@@ -91,9 +91,11 @@ class Log:
         try:
             if name in self._files:
                 print(text, file=self._files[name], flush=True)
-        except OSError as error:  # a full disk: the training is worth more than its log
-            del self._files[name]
-            self.line("[Warning] {} ends here: {}".format(name, error.strerror))
+                self._full.discard(name)
+        except OSError as error:  # a full disk: the training is worth more than its log, which may go on later
+            if name not in self._full:
+                self._full.add(name)
+                self.line("[Warning] {} has a gap: {}".format(name, error.strerror))
 
     def line(self, text, is_progress=False):
         """Write one line, on rank 0; `is_progress`: not to a terminal, whose live line tells the same."""
@@ -126,6 +128,7 @@ class Log:
         facts.update(precision=precision.label, data="synthetic" if args.synthetic else args.data)
         facts["date"] = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self._started))
         self.line("=> run " + json.dumps(facts, sort_keys=True))
+        self._place = "{device_name} x {rank_size}, {batch_size} images, {precision}".format(**facts)
         self._facts = dict(facts, args=arguments.as_dict(args))
         if not self._resumes:  # else `load_state_dict` knows when it began
             self._record("run", began=self._began, **self._facts)
@@ -294,7 +297,7 @@ class Log:
 
     def state_dict(self):
         """Return what a checkpoint must keep: the best (Acc@1, Acc@5) so far, the throughput, when the run began."""
-        return {"best": self._best or None, "began": self._began, "speed": self._speed()}
+        return {"best": self._best or None, "began": self._began, "speed": {self._place: self._speed()}}
 
     def _speed(self):
         if not self._timed:  # as when an evaluation was all that was left to do
@@ -305,7 +308,7 @@ class Log:
     def load_state_dict(self, state):
         """Take the state of the run that is resumed, and go on in its metrics.jsonl."""
         self._best, self._skipped = state["best"] or (), int(self._precision.skipped)
-        self._began, self._old_speed = state.get("began", self._began), state.get("speed", {})
+        self._began, self._old_speed = state.get("began", self._began), state.get("speed", {}).get(self._place, {})
         self._record("run", began=self._began, **self._facts)
 
     def finish(self):

@@ -68,12 +68,10 @@ class Run:
         self.train, self.evals, self.losses = (
             [found[kind][key] for key in sorted(found[kind])] for kind in ("train", "eval", "losses")
         )
-        self.state = "complete"
-        if not self.result:
-            said = _read(self.folder, "train_*.log") + _read(self.folder, "nohup.out")
-            said = said.rpartition("=> run ")[2]  # of the last attempt
-            words = [line for pattern in LAST_WORDS for line in re.findall(pattern, said)[-1:]]
-            self.state = "FAILED: " + words[0] if words else "no end"
+        said = _read(self.folder, "train_*.log") + _read(self.folder, "nohup.out")
+        said = said.rpartition("=> run ")[2]  # of the last attempt
+        words = [line for pattern in LAST_WORDS for line in re.findall(pattern, said)[-1:]]
+        self.state = "FAILED: " + words[0] if words else "complete" if self.result else "no end"
 
 
 def progress(record):

@@ -4,7 +4,7 @@ import subprocess
 
 from tests.helpers import ROOT
 
-FILES, LINES, LINES_OF_ONE = 18, 3571, 320  # the aim is 2,500 lines
+FILES, LINES, LINES_OF_ONE = 18, 3584, 320  # the aim is 2,500 lines
 
 
 def lines(*patterns):

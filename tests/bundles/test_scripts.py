@@ -218,6 +218,34 @@ def test_a_folder_that_another_run_writes_to_is_left_alone(bundle_copy):
     assert os.listdir(str(output.parent)) == ["0"]
 
 
+def test_variables_of_the_user_do_not_steer_a_script(bundle_copy, few_digits):
+    folder = bundle_copy("MnasNet")
+    exported = {"resume": "x.pth", "epochs": "3", "max_steps": "1", "previous": "/", "queue": "7", "CDPATH": "/tmp:/"}
+    process = run_script(folder, "full_1p", "--data_path={}".format(few_digits), "--dry-run", **exported)
+    plain = run_script(folder, "full_1p", "--data_path={}".format(few_digits), "--dry-run")
+    assert process.returncode == 0 and process.stderr == "" and process.stdout == plain.stdout
+
+
+def test_an_8p_script_within_torchrun_is_one_line(bundle_copy):
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    assert_refused(run_script(bundle_copy("MnasNet"), "performance_8p", **ranks), 2, "RANK, LOCAL_RANK and WORLD_SIZE")
+
+
+def test_results_stand_beside_the_log_where_the_user_puts_it(bundle_copy, tmp_path):
+    options = ["--log-dir", tmp_path / "log", "--max_steps=4", *small("MnasNet")]
+    process = run_script(bundle_copy("MnasNet"), "performance_1p", *options)
+    assert process.returncode == 0 and "Final Performance images/sec : " in process.stdout, process.stderr
+    assert len(list((tmp_path / "log").glob("*_perf.log"))) == 1
+
+
+@pytest.mark.parametrize("link", ["folder", "main.py"])
+def test_a_link_to_a_bundle_or_to_its_main_is_as_good(link, tmp_path):
+    path = tmp_path / link
+    path.symlink_to(ROOT / "MnasNet" / ("" if link == "folder" else link))
+    process = run([sys.executable, path / "main.py" if link == "folder" else path, "--dry-run", "--synthetic"])
+    assert process.returncode == 0 and "--epochs 90" in process.stdout, process.stderr
+
+
 def test_a_checkpoint_folder_that_cannot_be_written(bundle_copy, few_digits, tmp_path):
     (tmp_path / "file").write_text("in the way")
     options = ["--data_path={}".format(few_digits), "--output_dir={}".format(tmp_path / "file")]
@@ -381,6 +409,14 @@ def test_the_ports_of_hccl_are_neither_ours_nor_those_that_linux_gives_to_anybod
     low, high = pathlib.Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
     assert distributed.DEFAULT_PORT not in ports
     assert ports[-1] < min(int(low), 32768) or ports[0] > int(high)
+
+
+def test_all_nodes_look_for_checkpoints_in_one_place(bundle_copy, few_digits):
+    """PNASNet's are in the output folder."""
+    folder = bundle_copy("PnasNet5Large")
+    words = ["--data_path={}".format(few_digits), "--world-size=2", "--rank=1", "--addr=node0", "--dry-run"]
+    process = run_script(folder, "full_8p", *words)
+    assert " --log-dir {} ".format(folder / "test" / "output" / "0") in process.stdout, process.stderr
 
 
 def test_two_nodes_may_share_a_folder(bundle_copy):

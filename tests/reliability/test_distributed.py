@@ -123,6 +123,11 @@ def test_a_killed_launcher_leaves_no_rank(delay, tmp_path):
     assert job.end() == -signal.SIGKILL
 
 
+def test_defaults_of_torchrun_that_a_cluster_sets_do_not_count(tmp_path):
+    job = start(tmp_path / "log", "--device-list", "0,1", PET_NNODES="2", PET_MAX_RESTARTS="7", PET_NO_PYTHON="1")
+    assert job.end() == 0, job.text()
+
+
 def test_a_restart_begins_afresh(tmp_path):
     """What the ranks of the first attempt have left in the store would end or hang those of the next."""
     words = ["--device-list", "0,1", "--max-restarts", "3", "--what", "kill twice", "--who", "1"]
@@ -218,6 +223,7 @@ def test_options_that_contradict_each_other(words):
         ("--device-list 3 --multiprocessing-distributed", [3], True),
         ("--device-list=2,0 --device-num 2", [2, 0], True),
         ("--device-num 3", [0, 1, 2], True),
+        ("--max-restarts 1", [0], True),
         ("--world-size 2 --rank 1 --addr node0", [0], True),
     ],
 )

@@ -116,6 +116,19 @@ def test_sigterm_in_the_middle_of_an_epoch(bundle, data, tmp_path):
     assert best[0] == best[1]
 
 
+def test_a_link_to_the_folder_of_the_checkpoints_is_that_folder(mnasnet, data, tmp_path):
+    """And a locale that cannot write its name ends nothing."""
+    place, link = tmp_path / "é", tmp_path / "link"
+    place.mkdir()
+    link.symlink_to(place)
+    for more in (["--max-steps", "2"], ["--max-steps", "4", "--resume", place / "checkpoint.pth.tar"]):
+        command = helpers.command("MnasNet", data, link, *more)
+        process = helpers.run(command, PYTHONIOENCODING="ascii")
+        assert process.returncode == 0, process.stderr
+    assert "resumed {}".format(str(place).replace("é", "\\xe9")) in process.stdout
+    assert files(place) == ["checkpoint.prev.pth.tar", "checkpoint.pth.tar", "model_best.pth.tar"]
+
+
 @pytest.mark.parametrize("bundle", tiers(["MnasNet"], ["SPACH-SMLP"]))  # SGD, AdamW
 def test_a_resume_in_another_memory_layout_takes_the_same_steps(bundle, data, tmp_path):
     """As from an NPU: fused optimizers read weights and momentum in the order of memory, others by their places."""

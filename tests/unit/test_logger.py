@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import re
@@ -127,9 +128,12 @@ def test_a_run_in_which_no_step_was_left_reports_the_throughput_of_the_one_that_
         clock.now += 0.5
         log.step(torch.tensor(2.0), torch.zeros(4, 8), batch, 0.1)
     resumed = make_log(log_dir=str(tmp_path / "second"))
-    resumed.load_state_dict(json.loads(json.dumps(log.state_dict())))
-    for made in (log, resumed):
+    elsewhere = make_log(log_dir=str(tmp_path / "third"), batch_size=8)
+    for made in (resumed, elsewhere):
+        made.load_state_dict(json.loads(json.dumps(log.state_dict())))
+    for made in (log, resumed, elsewhere):
         made.finish()
+    assert "fps" not in records(tmp_path / "third")[-1]
     first, second = records(tmp_path)[-1], records(tmp_path / "second")[-1]
     assert (first["fps"], first["step_seconds"], first["loss"]) == pytest.approx((8.0, 0.5, 2.0))
     assert [second[key] for key in ("fps", "step_seconds", "loss")] == [
@@ -411,6 +415,21 @@ def test_the_metrics_of_another_run_are_told_apart(tmp_path):
     assert [record["kind"] for record in records(tmp_path)] == ["run"]
 
 
+def test_a_disk_that_was_full_for_a_moment_costs_no_line(tmp_path, capsys):
+    class Flaky(io.StringIO):
+        def flush(self):
+            if self.getvalue().count("\n") in (2, 3):
+                raise OSError(28, "No space left on device")
+
+    log = make_log(log_dir=str(tmp_path))
+    file = log._files["train_0.log"] = Flaky()
+    for number in range(6):
+        log.line("line {}".format(number))
+    warning = "[Warning] train_0.log has a gap: No space left on device"
+    assert file.getvalue().splitlines() == ["line 0", "line 1", warning, *("line {}".format(n) for n in range(2, 6))]
+    assert capsys.readouterr().out.count(warning) == 1
+
+
 def test_a_full_disk_ends_the_files_not_the_training(tmp_path, capsys):
     log = make_log(log_dir=str(tmp_path))
     for name in ("metrics.jsonl", "train_0.log"):
@@ -418,8 +437,8 @@ def test_a_full_disk_ends_the_files_not_the_training(tmp_path, capsys):
         log._record("eval")
         log.line("something")
     lines = capsys.readouterr().out.splitlines()
-    assert lines.count("[Warning] metrics.jsonl ends here: No space left on device") == 1
-    assert lines.count("[Warning] train_0.log ends here: No space left on device") == 1
+    assert lines.count("[Warning] metrics.jsonl has a gap: No space left on device") == 1
+    assert lines.count("[Warning] train_0.log has a gap: No space left on device") == 1
     assert lines.count("something") == 2 and len(train(log, FakeLoader())) == 10
 
 

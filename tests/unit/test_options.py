@@ -115,6 +115,15 @@ def test_there_are_enough_of_them():
     assert len(CASES) >= 200
 
 
+def test_a_restarted_rank_needs_no_pretrained_file(parsers, monkeypatch, capsys):
+    """Its run has written checkpoints since, perhaps in the place of that file."""
+    assert "--pretrained: there is no file gone" in refusal(
+        capsys, parsers["MnasNet"], "--device=cpu", "--synthetic", "--pretrained", "gone"
+    )
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert parse(parsers["MnasNet"], "--pretrained", "gone").pretrained == "gone"
+
+
 def test_an_unknown_option_and_a_stray_word_are_named(parsers, capsys):
     assert "unrecognized arguments: --batchsize 8" in refusal(capsys, parsers["MnasNet"], "--batchsize", "8")
     assert "unrecognized arguments: wrod" in refusal(capsys, parsers["MnasNet"], "wrod")

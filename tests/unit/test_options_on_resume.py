@@ -136,6 +136,18 @@ def write(path, recorded):
     torch.save(content, path)
 
 
+def test_files_of_two_runs_that_stand_at_the_same_step_are_refused(base, tmp_path):
+    args = load("MnasNet", [*base, "--no-save"])
+    args.resume = "x.pth.tar"
+    others = lambda value: [value, [*value[:2], 7.0]] if isinstance(value, list) else [value]  # noqa: E731
+    card = types.SimpleNamespace(ranks=types.SimpleNamespace(is_rank0=True, all_gather=others))
+    log = types.SimpleNamespace(line=print, when_stopped=lambda save: None)
+    metadata = {"classes": ["a"], "order": {"seed": 0, "images": 40}}
+    content = {"epoch": 1, "samples": 0, "classes": ["a"], "log": {"began": 5.0}}
+    with pytest.raises(UserError, match="the ranks resume different files"):
+        checkpoint.Checkpoints(card, args, log, args.output_dir, {}, metadata).resume(content)
+
+
 def test_what_was_asked_for_and_never_averaged_is_not_looked_for(base, tmp_path):
     """--eval-ema without --ema-decay: the file has no average to measure."""
     path = str(tmp_path / "x.pth.tar")

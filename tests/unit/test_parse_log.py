@@ -100,6 +100,12 @@ def test_a_run_that_goes_on_after_a_failure_has_not_failed(tmp_path):
     assert parse_log.Run(write(tmp_path / "again", WHOLE[:3], log=log + "[Error] x\n")).state == "FAILED: [Error] x"
 
 
+def test_a_resume_that_was_refused_is_not_the_run_before(tmp_path):
+    """The script has copied its metrics."""
+    folder = write(tmp_path / "0", [*WHOLE, RESULT], log="[Error] it was trained with --arch x, not y\n")
+    assert parse_log.Run(folder).state == "FAILED: [Error] it was trained with --arch x, not y"
+
+
 def test_an_evaluation_can_be_told_from_a_training(runs):
     rows = rows_of(runs)
     row = rows["0_eval"]
