@@ -416,7 +416,7 @@ def test_all_nodes_look_for_checkpoints_in_one_place(bundle_copy, few_digits):
     folder = bundle_copy("PnasNet5Large")
     words = ["--data_path={}".format(few_digits), "--world-size=2", "--rank=1", "--addr=node0", "--dry-run"]
     process = run_script(folder, "full_8p", *words)
-    assert " --log-dir {} ".format(folder / "test" / "output" / "0") in process.stdout, process.stderr
+    assert "  --log-dir {}\n".format(folder / "test" / "output" / "0") in process.stdout, process.stderr
 
 
 def test_two_nodes_may_share_a_folder(bundle_copy):

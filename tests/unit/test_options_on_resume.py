@@ -139,8 +139,11 @@ def write(path, recorded):
 def test_files_of_two_runs_that_stand_at_the_same_step_are_refused(base, tmp_path):
     args = load("MnasNet", [*base, "--no-save"])
     args.resume = "x.pth.tar"
-    others = lambda value: [value, [*value[:2], 7.0]] if isinstance(value, list) else [value]  # noqa: E731
-    card = types.SimpleNamespace(ranks=types.SimpleNamespace(is_rank0=True, all_gather=others))
+
+    def of_two(value):
+        return [value, [*value[:2], *(7.0 for _ in value[2:])]] if isinstance(value, list) else [value]
+
+    card = types.SimpleNamespace(ranks=types.SimpleNamespace(is_rank0=True, all_gather=of_two))
     log = types.SimpleNamespace(line=print, when_stopped=lambda save: None)
     metadata = {"classes": ["a"], "order": {"seed": 0, "images": 40}}
     content = {"epoch": 1, "samples": 0, "classes": ["a"], "log": {"began": 5.0}}
