@@ -48,7 +48,7 @@ class DepthwiseConv2d(torch.nn.Conv2d):
 
 
 class PointwiseConv2d(torch.nn.Conv2d):
-    """A 1x1 `Conv2d` that is a matrix product where that is faster."""
+    """A 1x1 `Conv2d` that is a matrix product where that is faster; its gradient has the weight's strides, for DDP."""
 
     def forward(self, images):
         order = sorted((1, 2, 3), key=images.stride, reverse=True)  # of the axes in memory
@@ -57,13 +57,13 @@ class PointwiseConv2d(torch.nn.Conv2d):
         if self.in_channels < 100 or not torch.is_autocast_enabled("cpu"):  # the convolution is faster with few
             return super().forward(images)
         pixels = images[:, :, :: self.stride[0], :: self.stride[1]].permute(0, 2, 3, 1)
-        return F.linear(pixels, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        return F.linear(pixels, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias).permute(0, 3, 1, 2)
 
     def _mix(self, images, order):
         """Leave the memory in its order, also in float32, which the convolution does not (sMLPNet mixes rows so)."""
         axis, in_order = 1 + order.index(1), images.permute(0, *order)
         matrices = in_order.flatten(0, axis - 1).flatten(2)
-        weight = self.weight.flatten(1).expand(len(matrices), -1, -1)  # torch.matmul would copy the matrices
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1).expand(len(matrices), -1, -1)  # matmul would copy
         product = weight, matrices
         result = torch.bmm(*product) if self.bias is None else torch.baddbmm(self.bias[:, None], *product)
         result = result.view(*in_order.shape[:axis], self.out_channels, *in_order.shape[axis + 1 :])

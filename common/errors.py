@@ -1,4 +1,4 @@
-"""Errors as one line instead of a traceback, the exit status of a process, and files written whole or not at all."""
+"""Errors as one line instead of a traceback, the user's terminal, exit status, files written whole or not at all."""
 
 import atexit
 import contextlib

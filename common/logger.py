@@ -95,7 +95,7 @@ class Log:
         except OSError as error:  # a full disk: the training is worth more than its log, which may go on later
             if name not in self._full:
                 self._full.add(name)
-                self.line("[Warning] {} has a gap: {}".format(name, error.strerror))
+                self.line("[Warning] {} cannot be written now: {}".format(name, error.strerror))
 
     def line(self, text, is_progress=False):
         """Write one line, on rank 0; `is_progress`: not to a terminal, whose live line tells the same."""

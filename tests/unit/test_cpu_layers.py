@@ -188,6 +188,18 @@ def test_a_converted_network_loads_and_computes_what_it_did(bundle):
         assert torch.allclose(fast(images), model(images), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("bundle, arch", [("MnasNet", "mnasnet0_5"), ("SPACH-SMLP", "smlpnet_tiny")])
+def test_gradients_have_the_strides_of_their_weights(bundle, arch):
+    """Else DistributedDataParallel warns on the user's screen."""
+    with imported(bundle) as models:
+        model = getattr(models, arch)(10, **({} if bundle == "MnasNet" else {"image_size": 64}))
+    model = model.to(memory_format=torch.channels_last)
+    cpu_layers.convert_layers(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)).float().sum().backward()
+    assert [name for name, weight in model.named_parameters() if weight.grad.stride() != weight.stride()] == []
+
+
 def test_gradients_of_a_model_in_bfloat16_are_as_near_to_float32_as_torchs():
     torch.manual_seed(0)
     with imported("MnasNet") as models:

@@ -425,7 +425,7 @@ def test_a_disk_that_was_full_for_a_moment_costs_no_line(tmp_path, capsys):
     file = log._files["train_0.log"] = Flaky()
     for number in range(6):
         log.line("line {}".format(number))
-    warning = "[Warning] train_0.log has a gap: No space left on device"
+    warning = "[Warning] train_0.log cannot be written now: No space left on device"
     assert file.getvalue().splitlines() == ["line 0", "line 1", warning, *("line {}".format(n) for n in range(2, 6))]
     assert capsys.readouterr().out.count(warning) == 1
 
@@ -437,8 +437,8 @@ def test_a_full_disk_ends_the_files_not_the_training(tmp_path, capsys):
         log._record("eval")
         log.line("something")
     lines = capsys.readouterr().out.splitlines()
-    assert lines.count("[Warning] metrics.jsonl has a gap: No space left on device") == 1
-    assert lines.count("[Warning] train_0.log has a gap: No space left on device") == 1
+    assert lines.count("[Warning] metrics.jsonl cannot be written now: No space left on device") == 1
+    assert lines.count("[Warning] train_0.log cannot be written now: No space left on device") == 1
     assert lines.count("something") == 2 and len(train(log, FakeLoader())) == 10
 
 
