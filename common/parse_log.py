@@ -47,7 +47,7 @@ class Run:
     """
 
     def __init__(self, folder):
-        self.folder, self.result, found = Path(folder), {}, collections.defaultdict(dict)
+        self.folder, self.result, goes_on, found = Path(folder), {}, False, collections.defaultdict(dict)
         parts = self.folder.resolve().parts
         self.facts = {"network": parts[-4] if parts[-3:-1] == ("test", "output") else parts[-1]}
         for line in _read(self.folder, METRICS).splitlines():
@@ -58,13 +58,18 @@ class Run:
             if record["kind"] == "run":
                 if self.facts.get("began") not in (None, record.get("began")):
                     found.clear()  # it was another run
-                self.facts, self.result = record, {}
+                self.facts, self.result, goes_on = record, {}, True
             elif record["kind"] == "result":
                 self.result = record
             else:
-                found[record["kind"]][progress(record)] = record  # what is done again after a crash counts once
-            for back, loss in enumerate(reversed(record.get("losses", ()))):
-                found["losses"][record["epoch"], (record["step"] - back) / record["steps"]] = loss
+                losses = record.get("losses", ())
+                if goes_on and losses:  # what is done again after a crash counts once
+                    goes_on, start = False, progress(record, len(losses))
+                    for records in found.values():
+                        for key in [key for key in records if key > start]:
+                            del records[key]
+                found[record["kind"]][progress(record)] = record
+                found["losses"].update((progress(record, n), loss) for n, loss in enumerate(reversed(losses)))
         self.train, self.evals, self.losses = (
             [found[kind][key] for key in sorted(found[kind])] for kind in ("train", "eval", "losses")
         )
@@ -74,9 +79,9 @@ class Run:
         self.state = "FAILED: " + words[0] if words else "complete" if self.result else "no end"
 
 
-def progress(record):
-    """Return the epochs done at a record "train" or "eval", a float."""
-    return record["epoch"] + record.get("step", 1) / record.get("steps", 1)
+def progress(record, back=0):
+    """Return the epochs done at a record "train" or "eval", a float; in a training also `back` steps before it."""
+    return record["epoch"] + (record.get("step", 1) - back) / record.get("steps", 1)
 
 
 def _read(folder, pattern):
@@ -159,9 +164,11 @@ def write_results(run, mode):
         raise UserError("{}: the run did not reach its end ({})".format(run.folder, run.state))
     texts, values = {}, {**run.facts, **run.result, "milliseconds": 1000 * run.result.get("step_seconds", 0)}
     speed = SPEED_LINES * ("fps" in values)
-    for kind, needed in KINDS[mode].items():
-        if needed not in values:
-            raise UserError("{}: no result files, the run has measured no {}".format(run.folder, needed))
+    kinds = [kind for kind, needed in KINDS[mode].items() if needed in values]  # --eval-freq 0 measures no Acc@1
+    if not kinds:
+        text = "{}: no result files, the run has measured no {}"
+        raise UserError(text.format(run.folder, " and no ".join(KINDS[mode].values())))
+    for kind in kinds:
         values["case"] = "{network}_bs{batch_size}_{rank_size}p_{}".format(kind, **values)
         text = RUN_LINES + speed + ACCURACY_LINES * (kind == "acc") + "E2ETrainingTime = {e2e_seconds:.0f}\n"
         texts[values["case"] + ".log"] = text.format(**values)
