@@ -15,11 +15,11 @@ import math
 import os
 import sys
 
-sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+BUNDLE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:0] = [BUNDLE, os.path.dirname(BUNDLE)]  # the first is missing with PYTHONSAFEPATH
 import common  # noqa: F401  # before torch: it finds a torch_npu that would end the process
 
-BUNDLE = os.path.dirname(os.path.realpath(__file__))
-
+# isort: split
 import torch
 from torch import nn
 

@@ -16,12 +16,11 @@ import math
 import os
 import sys
 
-sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+BUNDLE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:0] = [BUNDLE, os.path.dirname(BUNDLE)]  # the first is missing with PYTHONSAFEPATH
 import common  # before torch: it finds a torch_npu that would end the process
 
 common.require("timm")
-
-BUNDLE = os.path.dirname(os.path.realpath(__file__))
 
 import torch
 from torch import nn

@@ -103,6 +103,8 @@ def run(main):
         return main() or 0
     except Stopped as stop:
         return 128 + stop.args[0]
+    except BrokenPipeError:  # `... | head` has seen enough
+        return 128 + signal.SIGPIPE
     except Exception as error:
         text = str(error) if isinstance(error, UserError) else _describe(error)
         if is_distributed():  # the end of a rank ends the others: first the one with the cause, then local rank 0

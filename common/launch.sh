@@ -47,7 +47,7 @@ while [ "$1" != -- ]; do
     option=${1%%=*} value=${1#*=} taken=1
     [[ $1 == *=* ]] || value=$2 taken=2
     case $option in
-    --help | -h) usage "$@" && exit 0 ;;
+    --help | -h) usage "$@" && exit || exit ;; # the reader of a pipe may have ended
     --dry-run) dry_run=yes taken=1 ;;
     --data_path | --data-path | --data) data=$value ;;
     --device_id) device_id=$value ;;
@@ -127,9 +127,10 @@ if [ -e "$output" ]; then # a run that was killed a moment ago may hold it a lit
     command=("${command[@]/#"$output/"/"$previous/"}") # --resume test/output/0/checkpoint.pth.tar
 fi
 mkdir "$output"
-if [ "$mode" = full ] && [ -n "${resume-}" ] && [ -n "${previous-}" ]; then # what a run needs that goes on
-    [ ! -f "$previous/metrics.jsonl" ] || cp -p "$previous/metrics.jsonl" "$output"
-    [ "$resume" != auto ] || find "$previous" -maxdepth 1 -name '*.pth.tar' -exec mv {} "$output" ';'
+if [ "$mode" = full ] && [ -n "${resume-}" ]; then # what a run needs that goes on, from the last one that saves
+    previous=$(grep -ls '"evaluate": false.*"no_save": false' "$output".prev-*/metrics.jsonl | tail -n 1 || true)
+    [ -z "$previous" ] || cp -p "$previous" "$output"
+    [ -z "$previous" ] || [ "$resume" != auto ] || find "${previous%/*}" -maxdepth 1 -name '*.pth.tar' -exec mv {} "$output" ';'
 fi
 
 # --- run: everything goes to nohup.out, and to the screen; a signal goes to the ranks, which save and end
@@ -158,4 +159,4 @@ if [ "$status" != 0 ]; then
 fi
 output=${log_dir:-$output}
 [ -f "$output/metrics.jsonl" ] || { echo 'the log and the results are on node 0' && exit; }
-PYTHONPATH=$common/.. "$python" -m common.parse_log "$output" --mode "$mode"
+PYTHONPATH=$common/..${PYTHONPATH:+:$PYTHONPATH} "$python" -m common.parse_log "$output" --mode "$mode"

@@ -238,11 +238,20 @@ def test_results_stand_beside_the_log_where_the_user_puts_it(bundle_copy, tmp_pa
     assert len(list((tmp_path / "log").glob("*_perf.log"))) == 1
 
 
+@pytest.mark.parametrize(
+    "command", ["bash MnasNet/test/train_full_1p.sh --help", "$PYTHON MnasNet/main.py --dry-run --synthetic"]
+)
+def test_a_reader_that_has_seen_enough_is_no_error(command):
+    process = run(["bash", "-c", command + " | true"], cwd=ROOT)
+    assert (process.stdout, process.stderr) == ("", "")
+
+
 @pytest.mark.parametrize("link", ["folder", "main.py"])
 def test_a_link_to_a_bundle_or_to_its_main_is_as_good(link, tmp_path):
     path = tmp_path / link
     path.symlink_to(ROOT / "MnasNet" / ("" if link == "folder" else link))
-    process = run([sys.executable, path / "main.py" if link == "folder" else path, "--dry-run", "--synthetic"])
+    words = [path / "main.py" if link == "folder" else path, "--dry-run", "--synthetic"]
+    process = run([sys.executable, *words], PYTHONSAFEPATH="1")  # with it Python leaves the folder out of its path
     assert process.returncode == 0 and "--epochs 90" in process.stdout, process.stderr
 
 
@@ -293,11 +302,12 @@ def test_an_evaluation_leaves_the_output_of_a_training_where_it_is(bundle_copy, 
 def test_resume_from_the_output_folder_that_is_moved_aside(bundle_copy, noise):
     """With a MnasNet that keeps its checkpoints there, as PNASNet does, whose files are a hundred times as large."""
     folder = bundle_copy("MnasNet")
-    place, place_of_pnasnet = "args.output_dir or BUNDLE", "args.output_dir or args.log_dir or BUNDLE"
-    assert place_of_pnasnet in (ROOT / "PnasNet5Large" / "main.py").read_text()
     text = (folder / "main.py").read_text()
-    assert text.count(place) == 1
-    (folder / "main.py").write_text(text.replace(place, place_of_pnasnet))
+    for place in ("NETWORK_OPTIONS, BUNDLE", "args.output_dir or BUNDLE"):
+        place_of_pnasnet = place.replace("BUNDLE", "args.log_dir or BUNDLE")
+        assert place_of_pnasnet in (ROOT / "PnasNet5Large" / "main.py").read_text() and text.count(place) == 1
+        text = text.replace(place, place_of_pnasnet)
+    (folder / "main.py").write_text(text)
     output = folder / "test" / "output" / "0"
     options = ["--data_path={}".format(noise), "--batch_size=2", "--device=cpu", *small("MnasNet")]
     assert run_script(folder, "full_1p", *options, "--max_steps=1").returncode == 0
@@ -305,9 +315,10 @@ def test_resume_from_the_output_folder_that_is_moved_aside(bundle_copy, noise):
     process = run_script(folder, "full_1p", *options, "--max_steps=2", resume)
     assert process.returncode == 0, process.stdout + process.stderr
     assert len(loss_file(folder)) == 2
+    assert run_script(folder, "performance_1p", *small("MnasNet"), "--device=cpu").returncode == 0  # between them
     process = run_script(folder, "full_1p", *options, "--max_steps=3", "--resume=auto")
     assert process.returncode == 0, process.stdout + process.stderr
-    assert len(loss_file(folder)) == 3
+    assert "resumed " in process.stdout and len(loss_file(folder)) == 3
 
 
 def test_seconds_count_from_the_first_line_of_the_script(bundle_copy, tmp_path):
