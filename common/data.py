@@ -6,6 +6,7 @@ The order and every random draw are functions of (seed, epoch, position), never 
 import functools
 import itertools
 import os
+import pathlib
 import time
 import typing
 import zlib
@@ -55,12 +56,14 @@ def _is_hidden(name):
 
 def image_names(root, inside=""):
     """Return the names, relative to `root`, of all image files below its folder `inside`, in torchvision's order."""
-    names = []
-    for folder, _, files in sorted(os.walk(os.path.join(root, inside), onerror=refuse, followlinks=True)):
-        folder = folder[len(root) :].lstrip(os.sep)
-        if not any(map(_is_hidden, folder.split(os.sep))):
-            names += [os.path.join(folder, name) for name in sorted(files) if name.lower().endswith(EXTENSIONS)]
-    return names
+    found = {}
+    for folder, folders, files in os.walk(os.path.join(root, inside), onerror=refuse, followlinks=True):
+        if os.path.islink(folder) and os.path.realpath(folder) in map(os.path.realpath, pathlib.Path(folder).parents):
+            raise UserError("{} is a link to a folder that it lies in: remove it".format(folder))
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+        place = folder[len(root) :].lstrip(os.sep)
+        found[folder] = [os.path.join(place, name) for name in sorted(files) if name.lower().endswith(EXTENSIONS)]
+    return [name for folder in sorted(found) for name in found[folder]]
 
 
 class Images:
@@ -102,10 +105,7 @@ class ImageFolder(Images):
     """The images of DIR/train or DIR/val, in torchvision's order; `classes` are the names that `targets` number."""
 
     def __init__(self, root, split, classes=None):
-        """Find them. Unless given, the `classes` are those of train/ if it is there.
-
-        Raises UserError where there are no images, or a class folder has an unknown name.
-        """
+        """Find them, or raise UserError. Unless given, the `classes` are those of train/ if it is there."""
         folder, folders = os.path.join(root, split), find_classes(root, split)
         self.classes = classes or find_classes(root, "train" if has_split(root, "train") else split)
         numbers = {name: number for number, name in reversed(list(enumerate(self.classes)))}  # of two the first counts

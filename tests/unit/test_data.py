@@ -288,6 +288,25 @@ def test_hidden_folders_are_no_classes_and_hold_no_images(tmp_path):
         assert [images.name(index) for index in range(len(images))] == ["cat/1.jpg", "dog/deep/2.jpg"]
 
 
+@pytest.mark.parametrize(
+    "links", [{"5/self": "."}, {"5/up": ".."}, {"5/one": ".", "5/two": "."}, {"5/l": "../7", "7/m": "../5"}]
+)
+def test_links_that_lead_back_are_refused(links, tmp_path):
+    """Each image would count forty times, images of other classes too; two such links are followed for ever."""
+    root = write_set(tmp_path, {"5/1.jpg": JPEG, "5/deep/2.jpg": JPEG, "7/1.jpg": JPEG}, ["train"])
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "3.jpg").write_bytes(JPEG)
+    os.symlink(str(tmp_path / "other"), str(tmp_path / "train" / "9"))
+    os.symlink(str(tmp_path / "other"), str(tmp_path / "train" / "5" / "more"))
+    images = ImageFolder(root, "train")
+    assert [images.name(i) for i in range(5)] == ["5/1.jpg", "5/deep/2.jpg", "5/more/3.jpg", "7/1.jpg", "9/3.jpg"]
+    for name, target in links.items():
+        os.symlink(target, str(tmp_path / "train" / name))
+    assert re.search(
+        "/(self|up|one|two|l/m) is a link to a folder that it lies in", refused(ImageFolder, root, "train")
+    )
+
+
 def test_classes_without_images_are_named_in_a_line(tmp_path):
     root = write_set(tmp_path, {"cat/1.jpg": JPEG, "dog/1.jpg": JPEG, "emu/1.jpg": JPEG})
     assert ImageFolder(root, "train").notices == ImageFolder(root, "val").notices == []
