@@ -186,8 +186,7 @@ class _ModelZoo(argparse.Action):
 def parse(parser, argv):
     """Return the options of `argv` (None: of the command line), or end the process after `--dry-run` and `--check`.
 
-    `args.device` is "npu", "cuda" or "cpu"; `args.notices` is a list of lines for the log. Raises UserError where
-    options contradict each other, or a device, file or folder that they name is not there.
+    `args.device` is "npu", "cuda" or "cpu"; `args.notices` is a list of lines for the log. Raises UserError.
     """
     args = parser.parse_args(argv)
     args.notices = []
@@ -244,7 +243,8 @@ def _problems(args):
         yield is_needed and is_missing, "--{}: there is no file {}".format(option, path)
     yield args.predict and not os.path.exists(args.predict), "--predict: there is no {}".format(args.predict)
     table = os.path.abspath(args.per_class or "")
-    no_file = args.per_class and (os.path.isdir(table) or not os.path.isdir(os.path.dirname(table)))
+    is_file = os.path.isfile(table) and not os.path.islink(table)  # root would replace /dev/stdout, or a device
+    no_file = args.per_class and (os.path.lexists(table) != is_file or not os.path.isdir(os.path.dirname(table)))
     yield no_file, "--per-class {}: not a file in a folder that is there".format(args.per_class)
     yield os.path.isfile(args.output_dir or ""), "--output-dir {}: a file is in the way".format(args.output_dir)
     if args.data and not network_alone:

@@ -1,5 +1,8 @@
 """Options: a wrong value is one line that names the option, whatever the bundle; what `parse` makes of right ones."""
 
+import functools
+import os
+
 import pytest
 
 from common import arguments, errors
@@ -170,6 +173,17 @@ def test_options_that_need_or_exclude_each_other(words, line, parsers, capsys, t
     (tmp_path / "file").write_bytes(b"")
     filled = words.format(file=tmp_path / "file").split()
     assert line in refusal(capsys, parsers["MnasNet"], "--device=cpu", *filled)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a device", "link to a file", "folder"])
+def test_the_file_of_per_class_is_an_ordinary_one(kind, parsers, capsys, tmp_path):
+    """It is replaced: for root /dev/null and /dev/stdout would become files, for every program of the machine."""
+    path = str(tmp_path / "file.csv")
+    (tmp_path / "log").touch()
+    make = {"pipe": os.mkfifo, "folder": os.mkdir, "link to a device": functools.partial(os.symlink, os.devnull)}
+    make.get(kind, functools.partial(os.symlink, str(tmp_path / "log")))(path)
+    line = refusal(capsys, parsers["MnasNet"], "--device=cpu", "--data", str(tmp_path), "--per-class", path)
+    assert "--per-class {}: not a file in a folder that is there".format(path) in line
 
 
 def test_right_values_at_the_ends_of_the_ranges(parsers):
