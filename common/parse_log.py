@@ -163,15 +163,15 @@ def write_results(run, mode):
     if run.state != "complete":
         raise UserError("{}: the run did not reach its end ({})".format(run.folder, run.state))
     texts, values = {}, {**run.facts, **run.result, "milliseconds": 1000 * run.result.get("step_seconds", 0)}
-    speed = SPEED_LINES * ("fps" in values)
+    values["data"] = errors.printable(values["data"])  # a path, which may be no UTF-8, or have a line end in it
     kinds = [kind for kind, needed in KINDS[mode].items() if needed in values]  # --eval-freq 0 measures no Acc@1
     if not kinds:
         text = "{}: no result files, the run has measured no {}"
         raise UserError(text.format(run.folder, " and no ".join(KINDS[mode].values())))
     for kind in kinds:
         values["case"] = "{network}_bs{batch_size}_{rank_size}p_{}".format(kind, **values)
-        text = RUN_LINES + speed + ACCURACY_LINES * (kind == "acc") + "E2ETrainingTime = {e2e_seconds:.0f}\n"
-        texts[values["case"] + ".log"] = text.format(**values)
+        text = RUN_LINES + SPEED_LINES * ("fps" in values) + ACCURACY_LINES * (kind == "acc")
+        texts[values["case"] + ".log"] = (text + "E2ETrainingTime = {e2e_seconds:.0f}\n").format(**values)
     if mode != "eval":
         texts["train_{case}_loss.txt".format(**values)] = "".join("{:.8g}\n".format(loss) for loss in run.losses)
     for name, text in texts.items():

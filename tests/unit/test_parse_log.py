@@ -257,6 +257,13 @@ def test_there_are_files_of_what_was_measured_and_without_any_one_line(mode, mis
         assert sorted(os.listdir(str(folder))) == ["metrics.jsonl", "nohup.out"]
 
 
+def test_the_path_of_the_data_may_have_any_bytes(tmp_path):
+    facts = dict(RUN, data=os.fsdecode(b"/data/caf\xe9\nTrainAccuracy = 99"))
+    parse_log.main([str(write(tmp_path / "0", [facts, *WHOLE[1:], RESULT])), "--mode", "full"])
+    lines = (tmp_path / "0" / "MnasNet_bs512_8p_acc.log").read_text("utf-8").splitlines()
+    assert "Data = /data/caf??TrainAccuracy = 99" in lines and "TrainAccuracy = 72.819" in lines
+
+
 def test_without_matplotlib_there_are_results_and_one_line(tmp_path):
     (tmp_path / "missing").mkdir()
     (tmp_path / "missing" / "matplotlib.py").write_text("raise ImportError(\"No module named 'matplotlib'\")\n")
