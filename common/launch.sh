@@ -35,7 +35,6 @@ usage() { # all that was given: options of the user -- flags of the recipe
   --resume=FILE         full: go on from it; eval, finetune: the weights (default: the newest model_best.pth.tar)
   --output_dir=DIR      where the checkpoints go
   --dry-run, --help     print command, environment and recipe; print this
-
 flags of the recipe: ${given#* -- }
 More flags may follow, and win over the recipe: python3 $bundle/main.py --help
 END
@@ -49,6 +48,7 @@ while [ "$1" != -- ]; do
     case $option in
     --help | -h) usage "$@" && exit || exit ;; # the reader of a pipe may have ended
     --dry-run) dry_run=yes taken=1 ;;
+    --check | --export | --predict) fail "$option leaves no run behind: give it to $bundle/main.py" 2 ;;
     --data_path | --data-path | --data) data=$value ;;
     --device_id) device_id=$value ;;
     --rank_size) rank_size=$value ;;

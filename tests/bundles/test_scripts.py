@@ -95,6 +95,9 @@ WRONG = {  # what a user may type after a script, and what the line says
     "--rank_size=0": (2, "--rank_size=0"),
     "--device_id=x": (2, "--device_id=x"),
     "--max_steps": (2, "--max_steps needs a value"),
+    "--check": (2, "--check leaves no run behind: give it to ", "/MnasNet/main.py"),
+    "--export=x.onnx": (2, "--export leaves no run behind"),
+    "--predict=photos": (2, "--predict leaves no run behind"),
     "wrod": (2, "unrecognized arguments: wrod", "--help lists all options"),
 }
 
