@@ -4,7 +4,7 @@
 # Mode and number of cards come from the script's name (train_<mode>_<n>p.sh), the network from its folder.
 started=$(date +%s.%N) # E2ETrainingTime counts from here
 set -euo pipefail
-unset CDPATH resume epochs max_steps previous queue # which the user may have exported
+unset CDPATH data resume epochs max_steps previous queue # which the user may have exported
 
 common=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 script=$1
@@ -41,7 +41,7 @@ END
 }
 
 # --- options: those of the script become flags of main.py, all others go there as they are; it refuses what is wrong
-data='' node='' log_dir='' device_id=${ASCEND_DEVICE_ID:-0} dry_run='' user=()
+node='' log_dir='' device_id=${ASCEND_DEVICE_ID:-0} dry_run='' user=()
 while [ "$1" != -- ]; do
     option=${1%%=*} value=${1#*=} taken=1
     [[ $1 == *=* ]] || value=$2 taken=2
@@ -72,8 +72,8 @@ shift # what is left is the recipe
 [ "${RANK_SIZE:-$rank_size}" = "$rank_size" ] || # images of other frameworks export it for good
     printf 'RANK_SIZE=%s is not used, the cards are %s: --rank_size changes that\n' "$RANK_SIZE" "$rank_size" >&2
 [ -z "${epochs+given}" ] || [ -n "${max_steps+given}" ] || user+=(--cpu-max-steps 0) # whole epochs were asked for
-[ -n "$data" ] || [ "$mode" = performance ] || fail 'para "data_path" must be config'
-[ -n "$data" ] && user+=(--data "$data") || user+=(--synthetic)
+[ -n "${data-}" ] || [ "$mode" = performance ] || fail 'para "data_path" must be config'
+[ -n "${data+given}" ] && user+=(--data "$data") || user+=(--synthetic)
 output=$test_dir/output/$device_id$node uses=(--resume)
 [ "$mode" != eval ] || uses=(--evaluate --resume)
 [ "$mode" != finetune ] || uses=(--pretrained)

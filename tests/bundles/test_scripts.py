@@ -90,6 +90,7 @@ WRONG = {  # what a user may type after a script, and what the line says
     "--epochs=": (2, "--epochs"),
     "--max_steps=-1": (2, "--max-steps", "-1"),
     "--output_dir=": (2, "--output-dir"),
+    "--data_path=": (2, "--data_path", "is a variable unset?"),
     "--resume=": (2, "--resume", "is a variable unset?"),
     "--resume=nothing": (1, "--resume", "there is no file nothing"),
     "--rank_size=0": (2, "--rank_size=0"),
@@ -224,6 +225,7 @@ def test_a_folder_that_another_run_writes_to_is_left_alone(bundle_copy):
 def test_variables_of_the_user_do_not_steer_a_script(bundle_copy, few_digits):
     folder = bundle_copy("MnasNet")
     exported = {"resume": "x.pth", "epochs": "3", "max_steps": "1", "previous": "/", "queue": "7", "CDPATH": "/tmp:/"}
+    exported["data"] = "/"
     process = run_script(folder, "full_1p", "--data_path={}".format(few_digits), "--dry-run", **exported)
     plain = run_script(folder, "full_1p", "--data_path={}".format(few_digits), "--dry-run")
     assert process.returncode == 0 and process.stderr == "" and process.stdout == plain.stdout
