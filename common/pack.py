@@ -178,7 +178,7 @@ def main(argv=None):
     splits = [split for split in ("train", "val") if os.path.isdir(os.path.join(args.source, split))]
     if not splits:
         raise UserError("{} has neither a train/ nor a val/ folder".format(args.source))
-    target = args.target.rstrip(os.sep)
+    target = os.path.abspath(args.target)  # of "" the folder where the user stands
     if os.path.lexists(target):
         raise UserError("{} exists already: give the name of a new folder".format(target))
     sets = {split: data.ImageFolder(args.source, split, data.find_classes(args.source, split)) for split in splits}

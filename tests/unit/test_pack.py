@@ -166,6 +166,16 @@ def test_what_is_there_is_not_overwritten(few_digits, tmp_path):
             pack.main([str(source), str(tmp_path / "other")])
 
 
+@pytest.mark.parametrize("name", ["", "/", "//", "."])
+def test_a_name_that_no_folder_can_have_is_refused_before_the_work(name, few_digits, tmp_path, monkeypatch):
+    """An unset variable: what an interrupted run left would be looked for in the folder where the user stands."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".part").mkdir()
+    with pytest.raises(UserError, match=r"^/.* exists already: give the name of a new folder"):
+        pack.main([str(few_digits), name])
+    assert (tmp_path / ".part").is_dir()
+
+
 def refusal(folder, split="train"):
     with pytest.raises(UserError) as caught:
         ImageFolder(str(folder), split, classes=[str(number) for number in range(10)])
