@@ -54,6 +54,25 @@ def test_the_centre_crop_is_torchvisions(size):
     assert difference.mean() < 0.1 and difference.max() <= 1
 
 
+@pytest.mark.parametrize("size", [(30000, 1), (3, 30001)])
+def test_the_centre_crop_of_a_line_takes_little_memory(size, monkeypatch):
+    """All of it, resized, would be 6 GB, for which the system kills the process, and the run ends."""
+    resize = transforms.resize
+
+    def small_resize(pixels, height, width, interpolation):
+        assert height * width < 1e7
+        return resize(pixels, height, width, interpolation)
+
+    monkeypatch.setattr(transforms, "resize", small_resize)
+    line = photograph(*size)
+    left, top = (max(0, side - 200) // 2 for side in size)
+    middle, results = line.crop((left, top, size[0] - left, size[1] - top)), []
+    for image in (line, middle):
+        out = torch.empty(224, 224, 3, dtype=torch.uint8)
+        results.append(CenterCrop(224, 256)(EncodedImage(encoded(image, "PNG")), out))
+    assert (results[0].int() - results[1].int()).abs().max() <= 1
+
+
 def test_without_torchs_resize_the_crop_is_pils(monkeypatch):
     """As on torch before 2.1."""
     monkeypatch.setattr(torch.nn.functional, "interpolate", lambda batch, size, mode: None)
