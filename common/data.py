@@ -41,7 +41,7 @@ def find_classes(root, split):
     pack = _open_pack(folder)
     if pack:
         return pack.classes
-    if not os.path.isdir(folder):
+    if not os.path.isdir(folder) and os.access(root, os.X_OK):  # else it cannot be seen
         raise UserError("data set {} has no {}/ folder".format(root, split))
     classes = sorted(name for name in next(os.walk(folder, onerror=refuse))[1] if not _is_hidden(name))
     if not classes:

@@ -22,7 +22,7 @@ from common.device import seed_everything
 from common.errors import Stopped, UserError
 from common.transforms import CenterCrop, EncodedImage, RandomResizedCrop, Workers, import_torchvision
 from common.weights import class_names, classes_of
-from tests.helpers import LIMIT, ROOT, card, encoded, loader, pattern, photograph, seen, tiers, write_set
+from tests.helpers import LIMIT, ROOT, card, encoded, loader, pattern, photograph, run, seen, tiers, write_set
 
 JPEG = encoded(pattern())
 
@@ -266,6 +266,18 @@ def test_a_folder_that_cannot_be_read_is_not_left_out(inside, tmp_path, monkeypa
     monkeypatch.setattr(os, "scandir", broken)
     with pytest.raises(UserError, match="^{} cannot be read: Input/output error$".format(os.path.join(root, inside))):
         ImageFolder(root, "train")
+
+
+def test_a_data_set_that_the_user_may_not_enter_is_not_said_to_be_empty(tmp_path):
+    root = write_set(tmp_path / "set", {"5/1.jpg": JPEG})
+    os.chmod(root, 0)
+    code = "import sys; from common import data; data.find_classes(sys.argv[1], 'train')"
+    command = [sys.executable, "-c", code, root]
+    if os.geteuid() == 0:  # who may read everything
+        command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command]
+    process = run(command, cwd=ROOT)
+    os.chmod(root, 0o755)
+    assert "UserError: {}/train cannot be read: Permission denied".format(root) in process.stderr
 
 
 # What a user may get wrong.
