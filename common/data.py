@@ -154,10 +154,9 @@ class Loader:
     """
 
     def __init__(self, card, images, transform, args, mean, std, training, repeats=1):
-        """Set up the workers; mean and std are those of the channels, in units of 1 = white. All ranks call this.
+        """Set up the workers, or raise UserError; mean and std are the channels' (1: white). All ranks call this.
 
         With `repeats` each image stands so often in an epoch (repeated augmentation), which keeps its length.
-        Raises UserError where there are fewer images than ranks, or too little memory.
         """
         self._card, self._ranks, self._world = card, card.ranks, card.ranks.world_size
         self.images, self._transform, self.training = images, transform, training

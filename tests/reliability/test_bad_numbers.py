@@ -75,6 +75,13 @@ def test_out_of_memory_says_what_to_make_smaller(error, capsys):
     assert "a smaller --batch-size (--lr in proportion) or fewer --workers" in text and "traceback" not in text
 
 
+def test_a_batch_that_is_too_small_for_batchnorm_has_a_cure(capsys):
+    with pytest.raises(ValueError) as caught:
+        torch.nn.BatchNorm2d(3)(torch.zeros(1, 3, 1, 1))
+    text = message_of(caught.value, capsys)
+    assert "a larger --batch-size or --image-size" in text and "traceback" not in text
+
+
 def test_real_allocations_that_fail(capsys):
     for allocate in (lambda: torch.empty(2**55), lambda: bytearray(2**55)):
         with pytest.raises((RuntimeError, MemoryError)) as caught:
