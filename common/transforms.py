@@ -182,7 +182,7 @@ class Workers:
 
     def __init__(self, write, count, shape, ranks):
         """Set up memory for uint8 batches of `shape`, or raise UserError; start the processes. All ranks call this."""
-        self._write, self._ranks, size, least = write, ranks, int(np.prod(shape)), min(2, count + 1)
+        self._write, self._ranks, size, least = write, ranks, int(np.prod(shape, dtype=object)), min(2, count + 1)
         with open("/proc/meminfo") as file:
             free = 1024 * int(re.search(r"MemAvailable: *(\d+)", file.read()).group(1))
         free, loaders = min(ranks.all_gather(free)), 2 * ranks.local_world_size  # train/ and val/ of each rank

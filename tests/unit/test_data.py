@@ -496,9 +496,10 @@ def test_what_a_worker_raises_is_raised_here(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_too_little_memory_is_refused(few_digits):
+@pytest.mark.parametrize("size", [2000000, 10**9])  # of the second 64 bits cannot count the bytes
+def test_too_little_memory_is_refused(size, few_digits):
     with pytest.raises(UserError, match=r"batches in memory need \d{8,} MB, \d+ MB are free: fewer --workers"):
-        loader(few_digits, True, transform=RandomResizedCrop(2000000))
+        loader(few_digits, True, transform=RandomResizedCrop(size), batch_size=4)
 
 
 def test_too_few_images_for_the_ranks(few_digits):
