@@ -52,10 +52,6 @@ def set_up(backend, args):
         if args.internal_format != "auto":
             backend.config.allow_internal_format = args.internal_format == "on"
         backend.conv.allow_hf32 = backend.matmul.allow_hf32 = False  # newer chips would round factors of float32
-        if not backend.is_jit_compile_false():  # shapes are fixed: the next run finds its operators there
-            folder = os.environ.get("ACL_OP_COMPILER_CACHE_DIR") or os.path.expanduser("~/.cache/ascend_operators")
-            cache = {"ACL_OP_COMPILER_CACHE_MODE": "enable", "ACL_OP_COMPILER_CACHE_DIR": folder}
-            backend.set_option(cache)
 
 
 def bind_cores(count):
