@@ -37,7 +37,8 @@ def _find_npu_problem():
         text = "torch {0} is built for CUDA {1}, beside which torch_npu ends the process: pip install torch=={0} {2}"
         return text.format(torch, cuda, "--index-url https://download.pytorch.org/whl/cpu")
     try:
-        ctypes.CDLL("libhccl.so")
+        for name in ("hccl", "ascendcl", "acl_op_compiler", "ge_runner", "graph"):  # what torch_npu is linked to
+            ctypes.CDLL("lib{}.so".format(name))
     except OSError as error:
         return "torch_npu finds no CANN ({}): install its toolkit and kernels, then source set_env.sh".format(error)
     for name in ("ASCEND_HOME_PATH", "ASCEND_OPP_PATH"):

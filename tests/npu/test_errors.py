@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.helpers import ROOT, small
-from tests.npu.harness import PYTHON, cards, run
+from tests.npu.harness import CANN, PYTHON, cards, run
 
 NPU = ["--device=npu"]
 
@@ -69,6 +69,15 @@ def test_cann_that_is_not_sourced(flags, few_digits):
     """Also without --device: who has installed torch_npu does not want to train on the CPU by mistake."""
     words = ["finds no CANN", "libhccl.so", "set_env.sh"] + ([] if flags else ["--device cpu trains without it"])
     assert_one_line(main(few_digits, *flags, cann=False), *words)
+
+
+def test_a_library_of_cann_that_is_missing_is_one_line(few_digits, tmp_path):
+    """Not the first that torch_npu is linked to: to look for that one alone is not enough."""
+    for library in (CANN / "lib64").iterdir():
+        if library.name != "libge_runner.so":
+            (tmp_path / library.name).symlink_to(library)
+    process = main(few_digits, *NPU, LD_LIBRARY_PATH=str(tmp_path), **REAL)
+    assert_one_line(process, "finds no CANN (libge_runner.so", "set_env.sh")
 
 
 @pytest.mark.parametrize(
