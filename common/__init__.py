@@ -40,7 +40,10 @@ def _find_npu_problem():
         for name in ("hccl", "ascendcl", "acl_op_compiler", "ge_runner", "graph"):  # what torch_npu is linked to
             ctypes.CDLL("lib{}.so".format(name))
     except OSError as error:
-        return "torch_npu finds no CANN ({}): install its toolkit and kernels, then source set_env.sh".format(error)
+        text = "torch_npu finds no CANN ({}): install its toolkit and kernels, then source set_env.sh"
+        if "libascend_hal" in str(error):
+            text = "torch_npu finds no driver ({}): pass its folder into the container, and name it in LD_LIBRARY_PATH"
+        return text.format(error)
     for name in ("ASCEND_HOME_PATH", "ASCEND_OPP_PATH"):
         folder = os.environ.get(name, "")
         if "ASCEND_HOME_PATH" in os.environ and not os.path.isdir(folder):

@@ -80,6 +80,19 @@ def test_a_library_of_cann_that_is_missing_is_one_line(few_digits, tmp_path):
     assert_one_line(process, "finds no CANN (libge_runner.so", "set_env.sh")
 
 
+def test_a_missing_driver_is_not_called_a_missing_cann(few_digits, tmp_path):
+    """As in a container to which nobody has passed the driver: CANN's own libraries want one of it."""
+    for library in (CANN / "lib64").iterdir():
+        if library.name not in ("libascend_hal.so", "libgraph.so"):
+            (tmp_path / library.name).symlink_to(library)
+    for name, options in (("ascend_hal", []), ("graph", ["-L", tmp_path, "-Wl,--no-as-needed", "-lascend_hal"])):
+        target = tmp_path / "lib{}.so".format(name)
+        subprocess.run(["gcc", "-shared", "-o", target, "-x", "c", "/dev/null", "-x", "none", *options], check=True)
+    (tmp_path / "libascend_hal.so").unlink()
+    process = main(few_digits, *NPU, LD_LIBRARY_PATH=str(tmp_path), **REAL)
+    assert_one_line(process, "finds no driver (libascend_hal.so", "container", "LD_LIBRARY_PATH")
+
+
 @pytest.mark.parametrize(
     "npu_version, cuda, words",
     [
