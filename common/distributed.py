@@ -138,8 +138,8 @@ def should_spawn(args):
     if is_distributed():
         return False
     if "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
-        text = "RANK and WORLD_SIZE are set, LOCAL_RANK is not: set it and LOCAL_WORLD_SIZE (0 and 1 on a node of one "
-        raise UserError(text + "card), or unset them and give --world-size, --rank and --addr")
+        text = "RANK and WORLD_SIZE are set, LOCAL_RANK is no number: set it and LOCAL_WORLD_SIZE (0 and 1 on a node "
+        raise UserError(text + "of one card), or unset them and give --world-size, --rank and --addr")
     if args.rank >= args.world_size:
         raise UserError("--rank {} is not a node of --world-size {} nodes".format(args.rank, args.world_size))
     if args.world_size > 1 and not args.addr and not args.dist_url:

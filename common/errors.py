@@ -57,8 +57,8 @@ def open_terminal():
 
 
 def is_distributed():
-    """Return whether this process is a rank already, started by `distributed.spawn` or by torchrun."""
-    return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= set(os.environ)  # a container may set one or two for its own use
+    """Return whether this process is a rank that torchrun has started; pods set some of these, or LOCAL_RANK=0,1,2."""
+    return {"RANK", "WORLD_SIZE"} <= set(os.environ) and os.environ.get("LOCAL_RANK", "").isdecimal()
 
 
 def print_error(text):
