@@ -25,7 +25,7 @@ def find_problem():
         text = 'torch_npu is not installed for {}: pip install "torch_npu=={}.*"'
         return text.format(sys.executable, torch.__version__.split("+")[0])
     if torch.npu.device_count() == 0:  # is_available() is True even when ASCEND_RT_VISIBLE_DEVICES hides all cards
-        text = "torch_npu sees no card (npu-smi info lists them; ASCEND_RT_VISIBLE_DEVICES={})"
+        text = "torch_npu sees no card (npu-smi info lists them; in rising order: ASCEND_RT_VISIBLE_DEVICES={})"
         return text.format(os.environ.get("ASCEND_RT_VISIBLE_DEVICES", "(not set)"))
     return None
 

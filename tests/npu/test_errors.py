@@ -34,6 +34,11 @@ REAL = {"PYTHON": str(PYTHON)}  # one that imports torch_npu where there is no c
 FAULTS = {
     "no card": (NPU, {"FAKE_NPU_COUNT": "0", **REAL}, ["sees no card", "npu-smi"]),
     "hidden cards": (NPU, {"ASCEND_RT_VISIBLE_DEVICES": ""}, ["sees no card", "ASCEND_RT_VISIBLE_DEVICES="]),
+    "cards in an order that CANN refuses": (
+        [],  # without --device, too, nobody wants the CPU
+        {"ASCEND_RT_VISIBLE_DEVICES": "5,3"},
+        ["sees no card", "ASCEND_RT_VISIBLE_DEVICES=5,3", "--device cpu trains without it"],
+    ),
     "renumbered": (
         [*NPU, "--device-list=3"],
         {"ASCEND_RT_VISIBLE_DEVICES": "3,4"},
