@@ -15,6 +15,7 @@ HINTS = (  # (pattern in the text of an error, what to do)
     ("memoryerror|(out of|allocate|enough) memory", "a smaller --batch-size (--lr in proportion) or fewer --workers"),
     ("more than 1 value per channel", "BatchNorm needs more numbers: a larger --batch-size or --image-size"),
     ("gloo.*(closed by peer|reset by peer|broken pipe)", ANOTHER_RANK),
+    ("No backend type associated", "leave --dist-backend out: NPUs take hccl alone, CPUs gloo"),
     ("error code is 507(033|899)", "is the card healthy (npu-smi info), is its /dev/davinci* in the container?"),
     ("error code is 500001", "torch_npu and CANN do not fit each other: see the table of versions in README.md"),
     ("EI0006", "the cards cannot reach each other: firewall, HCCL_SOCKET_IFNAME, the same CANN everywhere"),

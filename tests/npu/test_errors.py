@@ -57,6 +57,7 @@ FAULTS = {
         {"FAKE_NPU_SOC": "Ascend910A"},
         ["Ascend910A has none", "use float16"],
     ),
+    "gloo for cards": ([*cards(2), "--dist-backend=gloo"], {}, ["npu -- leave --dist-backend out: NPUs take hccl"]),
     "formats on a CPU": (["--device=cpu", "--internal-format=on"], {}, ["are the NPU's; this device is cpu"]),
     "graphs and a queue": ([*NPU, "--compile"], {"TASK_QUEUE_ENABLE": "2"}, ["export TASK_QUEUE_ENABLE=1"]),
     "CANN is gone": (NPU, {"ASCEND_HOME_PATH": "/nowhere", **REAL}, ["/nowhere", "set_env.sh"]),
