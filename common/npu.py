@@ -45,6 +45,7 @@ def check(args):
 
 def set_up(backend, args):
     """Choose how `torch.npu` runs operators, before the first tensor is on the card; "auto" leaves it to the chip."""
+    warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # torch_npu's own use of it
     with warnings.catch_warnings(), contextlib.suppress(AttributeError):  # torch 1.5 and 1.8 lack some of these
         warnings.simplefilter("ignore")  # each says that it was set
         if args.jit_compile != "auto":
@@ -94,7 +95,6 @@ def fused_optimizer(kind):
         if problem:
             raise UserError("--fused-optimizer: {}".format(problem))
         return getattr(importlib.import_module("apex.optimizers"), "NpuFused" + kind)
-    warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # torch_npu's own use of it
 
     class Fused(getattr(torch_npu.optim, "NpuFused" + kind)):  # it keeps weights and gradients in buffers of its own
         def zero_grad(self, set_to_none=False):

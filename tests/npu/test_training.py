@@ -219,6 +219,14 @@ def test_how_a_card_is_set_up(chip, switch, expected, few_digits):
     }
 
 
+@pytest.mark.parametrize("optimizer", ["off", "on"])
+def test_no_warning_of_torch_npu_about_itself_is_on_the_screen(optimizer, few_digits):
+    """A copy of a network on a card, as for --ema-decay, and a fused optimizer take deprecated storages."""
+    flags = ["--device=npu", "--data", few_digits, "-b8", "--max-steps=1", "--no-save", "--eval-freq=0"]
+    output = main("MnasNet", *flags, "--ema-decay=0.9", "--fused-optimizer=" + optimizer)
+    assert "Warning" not in output
+
+
 @pytest.mark.parametrize("chip", CHIPS)
 def test_the_optimizer_is_fused_where_that_is_faster_and_exact(chip, few_digits, tmp_path):
     """On the first generation auto is torch_npu's own, with the losses of torch's bit by bit, also after a resume."""
