@@ -109,7 +109,7 @@ def row(run):
         "Acc@1": run.result.get("acc1", max((record["acc1"] for record in run.evals), default=None)),
         "FPS": run.result.get("fps", last.get("fps")),  # over the run, or where it stands
         "Epochs": "evaluation" if facts.get("args", {}).get("evaluate") else epochs,
-        "AMP_Type": "O0" if facts.get("precision") == "float32" else facts.get("opt_level"),
+        "AMP_Type": "O0" if "float32" in facts.get("precision", "") else facts.get("opt_level"),
         "Torch_version": facts.get("torch"),
         "Device": facts.get("device_name"),
         "Batch": "{batch_size} x {rank_size}".format(**facts) if "batch_size" in facts else None,

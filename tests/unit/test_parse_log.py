@@ -94,6 +94,12 @@ def test_every_kind_of_run_has_its_row_and_failed_ones_say_why(runs):
     assert (rows["0"]["Epochs"], rows["0"]["AMP_Type"]) == ("0.5/2", "O0")
 
 
+@pytest.mark.parametrize("chip", ["", " (this chip multiplies in float16)"])  # what `Precision.label` adds on a 910A
+def test_a_run_without_mixed_precision_is_o0_on_every_chip(chip, tmp_path):
+    folder = write(tmp_path / "0", [dict(RUN, precision="float32" + chip), RESULT])
+    assert parse_log.row(parse_log.Run(folder))["AMP_Type"] == "O0"
+
+
 def test_a_run_that_goes_on_after_a_failure_has_not_failed(tmp_path):
     log = "=> run {}\n[Error] rank 1: out of memory\nSIGTERM in epoch 0, 5 samples done: x\n=> run {}\nEpoch: [0]\n"
     assert parse_log.Run(write(tmp_path / "restarted", WHOLE[:3], log=log)).state == "no end"
