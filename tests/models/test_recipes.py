@@ -488,6 +488,14 @@ def test_both_languages_give_the_same_commands_for_eight_cards_and_for_one(bundl
         assert images[0] * 8 == images[1]
 
 
+def test_the_rate_of_fixres_is_eight_times_that_of_its_command():
+    """imnet_finetune/train.py: 8 x --learning-rate x global batch / 512, and a weight decay of 1e-4."""
+    for words in (words for _, _, words in commands_of("PnasNet5Large", "README.md") if "--image-size 480" in words):
+        (rate,) = re.findall(r"--learning_rate=(\S+)", words)
+        assert float(rate) == pytest.approx(8 * 1e-4 * 512 / 512)
+        assert "--weight-decay 1e-4" in words
+
+
 CASES = [(bundle, *words[::2]) for bundle in BUNDLES for words in commands_of(bundle, "README.md")[1::2]]
 
 
