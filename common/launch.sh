@@ -58,7 +58,7 @@ while [ "$1" != -- ]; do
     --batch_size | --batch-size | -b) user+=(--batch-size "$value" --cpu-batch-size "$value") ;;
     --epochs | --epoch) epochs=$value user+=(--epochs "$value") ;;
     --learning_rate) user+=(--lr "$value") ;;
-    --max_steps | --max-steps) max_steps=$value user+=(--max-steps "$value" --cpu-max-steps "$value") ;;
+    --max_steps | --max-steps | --max_step) max_steps=$value user+=(--max-steps "$value" --cpu-max-steps "$value") ;;
     *) user+=("$1") taken=1 ;;
     esac
     [[ $taken = 1 || $2 != -- ]] || fail "$option needs a value" 2
@@ -71,7 +71,7 @@ shift # what is left is the recipe
     fail 'RANK, LOCAL_RANK and WORLD_SIZE are set, as torchrun does: unset them, this script starts its ranks itself' 2
 [ "${RANK_SIZE:-$rank_size}" = "$rank_size" ] || # images of other frameworks export it for good
     printf 'RANK_SIZE=%s is not used, the cards are %s: --rank_size changes that\n' "$RANK_SIZE" "$rank_size" >&2
-[ -z "${epochs+given}" ] || [ -n "${max_steps+given}" ] || user+=(--cpu-max-steps 0) # whole epochs were asked for
+[ -z "${epochs+given}" ] || [ -n "${max_steps+given}" ] || user+=(--max-steps 0 --cpu-max-steps 0) # whole epochs
 [ -n "${data-}" ] || [ "$mode" = performance ] || fail 'para "data_path" must be config'
 [ -n "${data+given}" ] && user+=(--data "$data") || user+=(--synthetic)
 output=$test_dir/output/$device_id$node uses=(--resume)

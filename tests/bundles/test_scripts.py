@@ -222,6 +222,22 @@ def test_a_folder_that_another_run_writes_to_is_left_alone(bundle_copy):
     assert os.listdir(str(output.parent)) == ["0"]
 
 
+@pytest.mark.parametrize(
+    "options, steps",
+    [
+        (["--epochs=10", "--device=gpu"], "--max-steps 0"),  # whole epochs, on a card as on a CPU
+        (["--epochs=10", "--device=cpu"], "--max-steps 0"),
+        (["--epochs=10", "--max_step=7", "--device=cpu"], "--max-steps 7"),  # as ModelZoo's programs call it
+        (["--device=gpu"], "--max-steps 1000"),
+    ],
+)
+def test_epochs_of_the_user_are_not_cut_by_the_steps_of_the_recipe(options, steps, bundle_copy):
+    words = ["--data_path=x", "--resume=x.pth", "--dry-run", *options]
+    process = run_script(bundle_copy("PnasNet5Large"), "finetune_1p", *words)
+    assert process.returncode == 0, process.stderr
+    assert any(line.split("  (")[0].strip() == steps for line in process.stdout.splitlines()), process.stdout
+
+
 def test_variables_of_the_user_do_not_steer_a_script(bundle_copy, few_digits):
     folder = bundle_copy("MnasNet")
     exported = {"resume": "x.pth", "epochs": "3", "max_steps": "1", "previous": "/", "queue": "7", "CDPATH": "/tmp:/"}
