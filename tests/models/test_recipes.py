@@ -488,6 +488,12 @@ def test_both_languages_give_the_same_commands_for_eight_cards_and_for_one(bundl
         assert images[0] * 8 == images[1]
 
 
+def test_the_command_of_microsofts_accuracy_ends_after_300_epochs_as_its_loop_does():
+    """main.py of microsoft/SPACH leaves the number of epochs that its scheduler returns, 310, out of account."""
+    for _, _, words in commands_of("SPACH-SMLP", "README.md"):
+        assert number_of("epochs", words) == 300 and number_of("cooldown-epochs", words) == 0
+
+
 def test_the_rate_of_fixres_is_eight_times_that_of_its_command():
     """imnet_finetune/train.py: 8 x --learning-rate x global batch / 512, and a weight decay of 1e-4."""
     for words in (words for _, _, words in commands_of("PnasNet5Large", "README.md") if "--image-size 480" in words):
