@@ -217,7 +217,7 @@ def build_optimizer(args, card, model):
     groups = [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": args.weight_decay}]
     peak = args.lr * args.batch_size * args.accumulate * card.ranks.world_size / 512
     optimizer = card.optimizer("AdamW", groups, lr=peak, betas=(0.9, 0.999))
-    start, floor, cosine_epochs = 1e-6, 1e-5, args.epochs - args.cooldown_epochs
+    start, floor, cosine_epochs = min(1e-6, peak), min(1e-5, peak), args.epochs - args.cooldown_epochs
 
     def schedule(progress):
         if progress < args.warmup_epochs:

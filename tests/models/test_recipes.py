@@ -173,6 +173,15 @@ def test_spach_follows_timms_curve_and_decays_no_norms():
     assert by_decay[0.0] == {id(model[0].bias), id(model[1].weight), id(model[1].bias)}
 
 
+def test_the_rate_of_spach_never_rises_above_the_one_that_was_asked_for():
+    """By the fine-tuning script on a CPU: 1e-4 for 512 images is 3.1e-6 for its 16, less than the lowest rate, 1e-5."""
+    with imported("SPACH-SMLP", "main") as main:
+        args = parse(main, *["--synthetic", "--epochs", "10", "--warmup-epochs", "1", "-b", "16", "--lr", "1e-4"])
+        _, schedule = main.build_optimizer(args, card(1), torch.nn.Linear(2, 2))
+    rates = [schedule(progress) for progress in np.linspace(1, 10, 91)]
+    assert max(rates) == pytest.approx(1e-4 * 16 / 512) and rates == sorted(rates, reverse=True)
+
+
 def test_label_smoothing_is_torchs():
     with imported("MnasNet", "main") as main:
         loss = main.LabelSmoothing(0.1, None)
