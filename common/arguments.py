@@ -255,12 +255,12 @@ def _problems(args):
 
 
 def _fit(args):
-    """Fit sizes to a CPU, and warm-up and cool-down to a run that is shorter: they take half of it; say so."""
+    """Fit sizes to a CPU, and warm-up and cool-down to a run that is no longer: they take half of it; say so."""
     fitting = {}
     if args.device == "cpu":
         fitting = {"batch_size": (args.cpu_batch_size, "on this CPU"), "max_steps": (args.cpu_max_steps, "on this CPU")}
     ramps = {option: getattr(args, option, 0) for option in ("warmup_epochs", "cooldown_epochs")}
-    if sum(ramps.values()) > args.epochs:
+    if sum(ramps.values()) >= args.epochs:  # else the rate would never fall
         share_of_ramps = args.epochs / (2 * sum(ramps.values()))
         for option, epochs in ramps.items():
             fitting[option] = epochs * share_of_ramps, "since --epochs is {}".format(args.epochs)

@@ -203,14 +203,16 @@ def test_on_a_cpu_the_sizes_for_a_cpu_count_and_the_log_says_so(parsers):
     assert parse(parsers["MnasNet"], "-b", "4", "--cpu-batch-size", "4").notices == []
 
 
-def test_a_warm_up_longer_than_the_run_is_shortened_in_all_bundles(parsers):
+def test_a_warm_up_as_long_as_the_run_is_shortened_in_all_bundles(parsers):
     for bundle in BUNDLES:
         if bundle == "PnasNet5Large":  # no warm-up
             continue
         args = parse(parsers[bundle], "--epochs", "4", "--warmup-epochs", "20")
         assert args.warmup_epochs == 2.0
         assert args.notices == ["--warmup-epochs is 2, in place of 20, since --epochs is 4"]
-        assert parse(parsers[bundle], "--epochs", "20", "--warmup-epochs", "20").warmup_epochs == 20
+        args = parse(parsers[bundle], "--epochs", "5", "--warmup-epochs", "5")
+        assert args.warmup_epochs == 2.5  # the rate would end at its highest
+        assert parse(parsers[bundle], "--epochs", "21", "--warmup-epochs", "20").warmup_epochs == 20
     args = parse(parsers["SPACH-SMLP"], "--epochs", "4", "--warmup-epochs", "20", "--cooldown-epochs", "10")
     assert args.warmup_epochs == pytest.approx(4 / 3) and args.cooldown_epochs == pytest.approx(2 / 3)
     assert len(args.notices) == 2
