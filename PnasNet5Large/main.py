@@ -52,6 +52,7 @@ def build_parser():
     add("-b", "--batch-size", type=positive_int, default=32, metavar="N", help="per card")
     add("--lr", "--learning-rate", type=positive_float, default=0.4, help="for the batch of all cards")
     add("--lr-decay", type=positive_float, default=0.97, help="factor of --lr after each epoch")
+    add("--schedule", default="decay", choices=["decay", "cosine"], help="cosine: --lr falls to 0, without --lr-decay")
     add("--momentum", type=share, default=0.9, help="of the gradients' average")
     add("--wd", "--weight-decay", dest="weight_decay", type=nonnegative_float, default=4e-5, help="of all parameters")
     add("--class-weights", choices=["balanced"], help="in the loss; balanced: every class counts as much as any other")
@@ -128,13 +129,15 @@ class AuxiliaryLoss(nn.Module):
         return self.forward(logits, targets) + self.weight * self.forward(aux_logits, targets)
 
 
-# Differs from MnasNet: exponential decay without warm-up
+# Differs from MnasNet: exponential decay too, no warm-up
 def build_optimizer(args, card, model):
     """Return the optimizer, and the learning rate as a function of the epochs done (a float)."""
     options = {"momentum": args.momentum, "weight_decay": args.weight_decay}
     optimizer = card.optimizer("SGD", model.parameters(), lr=args.lr, **options)
 
     def schedule(progress):
+        if args.schedule == "cosine":
+            return args.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress / args.epochs)))
         return args.lr * args.lr_decay ** math.floor(progress)
 
     return optimizer, schedule

@@ -64,7 +64,7 @@ def build_parser():
     add("--warmup-epochs", type=nonnegative_float, default=5, metavar="N", help="before --lr is reached")
     add("--warmup-method", default="linear", choices=["linear", "constant"], help="constant: --warmup-start to its end")
     add("--warmup-start", type=share, default=0.1, help="share of --lr at the beginning")
-    add("--optimizer", default="sgd", choices=["sgd", "rmsprop"], help="both with --momentum")
+    add("--optimizer", default="sgd", choices=["nesterov", "sgd", "rmsprop"], help="all with --momentum")
     add("--momentum", type=share, default=0.9, help="of the gradients' average")
     add("--weight_decay", "--weight-decay", "--wd", type=nonnegative_float, default=1e-4, help="of all parameters")
     add("--norm-weight-decay", type=nonnegative_float, help="of BatchNorm's parameters (default: --weight-decay)")
@@ -200,7 +200,7 @@ class RMSprop(torch.optim.Optimizer):
                 weight.sub_(update)
 
 
-# Differs from MnasNet: plain momentum
+# Copied from MnasNet/main.py:build_optimizer
 def build_optimizer(args, card, model):
     """Return the optimizer, and the learning rate as a function of the epochs done (a float)."""
     params, options = list(model.parameters()), {"momentum": args.momentum, "weight_decay": args.weight_decay}
@@ -211,6 +211,7 @@ def build_optimizer(args, card, model):
     if args.optimizer == "rmsprop":
         optimizer = RMSprop(params, args.lr, **options)
     else:
+        options["nesterov"] = args.optimizer == "nesterov" and args.momentum > 0
         optimizer = card.optimizer("SGD", params, lr=args.lr, **options)
     return optimizer, lambda progress: rate_at(args, progress)
 

@@ -145,9 +145,10 @@ def test_another_weight_decay_of_norms(bundle):
     assert len(recipe(bundle, "--wd", "4e-5")[0].param_groups) == 1
 
 
+@pytest.mark.parametrize("bundle", ["MnasNet", "SPNASNet_100"])
 @pytest.mark.parametrize("flags", ["--optimizer nesterov", "--optimizer sgd"])
-def test_mnasnet_with_and_without_nesterov(flags):
-    optimizer, _, _ = recipe("MnasNet", *flags.split())
+def test_with_and_without_nesterov(bundle, flags):
+    optimizer, _, _ = recipe(bundle, *flags.split())
     assert optimizer.param_groups[0]["nesterov"] is (flags == "--optimizer nesterov")
 
 
@@ -156,6 +157,9 @@ def test_pnasnet_decays_by_the_epoch():
     assert [schedule(0), schedule(0.99)] == [0.4, 0.4]
     assert schedule(89.5) == pytest.approx(0.4 * 0.97**89)
     assert len(optimizer.param_groups) == 1 and optimizer.param_groups[0]["weight_decay"] == 4e-5
+    _, schedule, _ = recipe("PnasNet5Large", "--lr", "0.4", "--epochs", "90", "--schedule", "cosine")
+    for epoch in (0, 45, 89, 90):  # the original's adjust_learning_rate
+        assert schedule(epoch) == pytest.approx(0.2 * (1 + np.cos(np.pi * epoch / 90)))
 
 
 def test_spach_follows_timms_curve_and_decays_no_norms():
