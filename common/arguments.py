@@ -195,7 +195,7 @@ def parse(parser, argv):
             raise UserError(text)
     parser.check(args)
     with contextlib.suppress(UserError if args.dry_run else ()):  # a dry run may be for another machine
-        args.device = device.choose_type(args.device)
+        args.device = device.choose_type(args.device, args.notices)
         device.check(args)
     _fit(args)
     for option in ("resume", "pretrained"):

@@ -19,11 +19,12 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 
+import common
 from common import distributed, npu
 from common.errors import UserError
 
 
-def choose_type(name):
+def choose_type(name, notices):
     """Return "npu", "cuda" or "cpu" for the value of `--device`; raise UserError where it is not there."""
     if name in ("npu", "auto"):
         problem = npu.find_problem()
@@ -36,8 +37,10 @@ def choose_type(name):
     if name in ("gpu", "cuda"):
         reason = "sees no CUDA card (nvidia-smi lists them)" if torch.version.cuda else "is built for CPUs alone"
         raise UserError("--device {}: this torch {}".format(name, reason))
-    if name == "auto" and find_spec("torch_npu"):  # who has installed it does not want to wait for a CPU
+    if name == "auto" and common.NPU_PROBLEM:  # who has installed torch_npu does not want to wait for a CPU
         raise UserError("{}. --device cpu trains without it".format(problem))
+    if name == "auto" and find_spec("torch_npu"):
+        notices.append("[Warning] {}: this is a CPU".format(problem))
     return "cpu"
 
 

@@ -34,10 +34,10 @@ REAL = {"PYTHON": str(PYTHON)}  # one that imports torch_npu where there is no c
 FAULTS = {
     "no card": (NPU, {"FAKE_NPU_COUNT": "0", **REAL}, ["sees no card", "npu-smi"]),
     "hidden cards": (NPU, {"ASCEND_RT_VISIBLE_DEVICES": ""}, ["sees no card", "ASCEND_RT_VISIBLE_DEVICES="]),
-    "cards in an order that CANN refuses": (
-        [],  # without --device, too, nobody wants the CPU
+    "cards in falling order": (
+        NPU,
         {"ASCEND_RT_VISIBLE_DEVICES": "5,3"},
-        ["sees no card", "ASCEND_RT_VISIBLE_DEVICES=5,3", "--device cpu trains without it"],
+        ["in rising order: ASCEND_RT_VISIBLE_DEVICES=5,3"],
     ),
     "renumbered": (
         [*NPU, "--device-list=3"],
@@ -68,6 +68,12 @@ FAULTS = {
 def test_a_fault_is_one_line(fault, few_digits):
     flags, variables, words = FAULTS[fault]
     assert_one_line(main(few_digits, *flags, **variables), *words)
+
+
+def test_a_cpu_that_takes_the_place_of_hidden_cards_is_no_secret(few_digits):
+    process = main(few_digits, ASCEND_RT_VISIBLE_DEVICES="5,3", **REAL)
+    assert process.returncode == 0
+    assert "[Warning] torch_npu sees no card (" in process.stdout and "5,3): this is a CPU" in process.stdout
 
 
 @pytest.mark.parametrize("flags", [["--device=npu"], []])

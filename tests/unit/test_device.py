@@ -182,9 +182,9 @@ def test_the_device_is_what_was_asked_for_or_the_best_there_is(name, problem, cu
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     if expected.startswith("--"):
         with pytest.raises(UserError, match=expected):
-            device.choose_type(name)
+            device.choose_type(name, [])
     else:
-        assert device.choose_type(name) == expected
+        assert device.choose_type(name, []) == expected
 
 
 @pytest.mark.parametrize("text, name", [
