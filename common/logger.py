@@ -85,7 +85,7 @@ class Log:
                 for name in (self._text, METRICS):
                     self._files[name] = open(os.path.join(args.log_dir, name), "a", encoding="utf-8")
             except OSError as error:
-                raise UserError("--log-dir {}: {}".format(args.log_dir, error.strerror)) from None
+                raise UserError("--log-dir {}: {}".format(error.filename, error.strerror)) from None
 
     def _write(self, name, text):
         try:

@@ -446,6 +446,8 @@ def test_a_log_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--log-dir .*file/x: Not a directory"):
         make_log(log_dir=str(tmp_path / "file" / "x"))
+    with pytest.raises(UserError, match=r"--log-dir .*/train_a/b.log: No such file or directory"):
+        make_log(log_dir=str(tmp_path), log_id="a/b")
 
 
 def in_terminal(command, columns, **environment):
