@@ -30,7 +30,7 @@ def download(address):
     """
     url, _, digits = address.partition("#sha256=")
     name = os.path.basename(urlsplit(url).path)
-    digits = digits or "".join(re.findall(r"-([0-9a-f]{8,64})\.[a-z.]+$", name))
+    digits = digits.lower() or "".join(re.findall(r"-([0-9a-f]{8,64})\.[a-z.]+$", name))
     if not re.match("[0-9a-f]{8,64}$", digits):
         raise UserError("{}: add #sha256=HEX, the sum that the file must have".format(address))
     cache = torch.hub.get_dir() if hasattr(torch.hub, "get_dir") else os.path.expanduser("~/.cache/torch/hub")

@@ -36,7 +36,11 @@ def test_a_file_comes_once_and_under_the_sum_that_its_name_or_the_address_has(se
     (folder / "x.pth").write_bytes(b"weights")
     digits = hashlib.sha256(b"weights").hexdigest()
     (folder / "net-{}.pth.tar".format(digits[:8])).write_bytes(b"weights")
-    for name in ("x.pth#sha256=" + digits, "net-{}.pth.tar".format(digits[:8]), "x.pth?raw=1#sha256=" + digits[:12]):
+    for name in (
+        "x.pth#sha256=" + digits,
+        "net-{}.pth.tar".format(digits[:8]),
+        "x.pth?raw=1#sha256=" + digits[:12].upper(),
+    ):
         for _ in range(2):
             with open(weights.download(address + name), "rb") as file:
                 assert file.read() == b"weights"
