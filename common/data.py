@@ -43,7 +43,10 @@ def find_classes(root, split):
         return pack.classes
     if not os.path.isdir(folder) and os.access(root, os.X_OK):  # else it cannot be seen
         raise UserError("data set {} has no {}/ folder".format(root, split))
-    classes = sorted(name for name in next(os.walk(folder, onerror=refuse))[1] if not _is_hidden(name))
+    _, folders, files = next(os.walk(folder, onerror=refuse))
+    # A link to what is not there is a class, too: it is refused when its images are looked for.
+    folders += [name for name in files if not os.path.exists(os.path.join(folder, name))]
+    classes = sorted(name for name in folders if not _is_hidden(name))
     if not classes:
         cure = "sort its images into one sub-folder per class (README tells how for ImageNet)"
         raise UserError("{} has no class folders: {}".format(folder, cure))
@@ -275,10 +278,7 @@ class Loader:
         return images if self._card.channels_last else images.contiguous(), targets
 
     def share_bad(self):
-        """Gather the bad images of all ranks, which all call this; return a line for each of those not named before.
-
-        Raises UserError where they are too many for a training.
-        """
+        """Gather all ranks' bad images; return a line for each new one, or raise UserError where they are too many."""
         new = dict(itertools.chain(*self._ranks.all_gather(self.new_bad)))
         self._add_bad(new)
         unnamed = sorted(set(new) - self._named_bad)

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -317,6 +318,17 @@ def test_links_that_lead_back_are_refused(links, tmp_path):
     assert re.search(
         "/(self|up|one|two|l/m) is a link to a folder that it lies in", refused(ImageFolder, root, "train")
     )
+
+
+@pytest.mark.parametrize("names", [["9"], ["5", "7", "9"]])
+def test_a_class_that_is_a_link_to_what_is_not_there_is_not_left_out(names, tmp_path):
+    """As where a disk is not mounted: fewer classes would be trained, with other numbers."""
+    root = write_set(tmp_path, {"5/1.jpg": JPEG, "7/1.jpg": JPEG}, ["train"])
+    for name in names:
+        shutil.rmtree(str(tmp_path / "train" / name), ignore_errors=True)
+        os.symlink("/not/mounted", str(tmp_path / "train" / name))
+    line = "{}/train/{} cannot be read: No such file or directory".format(root, names[0])
+    assert refused(ImageFolder, root, "train") == line
 
 
 def test_classes_without_images_are_named_in_a_line(tmp_path):
