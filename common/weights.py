@@ -127,7 +127,7 @@ def load(model, content, path, convert, may_replace_head, key=None):
                 state[name] = own[name]
                 fresh.append((name, has, needs))
         model.load_state_dict(state)
-    except (ValueError, RuntimeError) as error:  # torch's text has a line for each kind of difference
+    except (ValueError, RuntimeError, TypeError, IndexError) as error:  # torch's text has a line for each difference
         raise UserError("{} is of another network: {}".format(path, " ".join(str(error).split())[:300])) from None
     for name, has, needs in fresh:
         if not may_replace_head:

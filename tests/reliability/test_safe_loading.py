@@ -10,7 +10,7 @@ import tarfile
 import pytest
 import torch
 
-from common import checkpoint
+from common import checkpoint, weights
 from common.errors import UserError
 from tests import helpers
 from tests.helpers import BUNDLES, ROOT
@@ -159,6 +159,16 @@ def test_what_holds_no_weights(content, tmp_path):
     torch.save(content, str(tmp_path / "x"))
     with pytest.raises(UserError, match="holds no state dict"):
         checkpoint.read(str(tmp_path / "x"))
+
+
+@pytest.mark.parametrize("name", ["layers.0.weight", "classifier.1.bias"])
+def test_a_tensor_without_a_shape_is_of_another_network(name):
+    with helpers.imported("MnasNet") as models:
+        model = models.mnasnet0_5(10)
+    with helpers.imported("MnasNet", "models.pretrained") as pretrained:
+        content = {"state_dict": dict(model.state_dict(), **{name: torch.tensor(1.0)})}
+        with pytest.raises(UserError, match=r"^x.pth is of another network: "):
+            weights.load(model, content, "x.pth", pretrained.convert, may_replace_head=True)
 
 
 def test_main_refuses_in_one_line(mnasnet, tmp_path):
