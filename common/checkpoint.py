@@ -121,6 +121,7 @@ class Checkpoints:
         values of `metadata` ("classes", and "order": `Loader.order_facts`), and `args`.
         """
         self._ranks, self._args, self._log, self._parts = card.ranks, args, log, parts
+        self._models = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
         self._folder, self.epoch, self.samples, self._saved = os.path.realpath(folder), 0, 0, (0, 0)
         runs = sorted(set(self._ranks.all_gather(RUN)))
         self._metadata = dict(metadata, arch=args.arch, args=arguments.as_dict(args), run=runs)
@@ -175,7 +176,7 @@ class Checkpoints:
             except Exception as error:  # each part complains in its own way
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise UserError("{} cannot be resumed: its {} does not fit ({})".format(path, name, reason)) from None
-        for model, values in zip(self._models(), content.get("rank_buffers", ())):
+        for model, values in zip(self._models, content.get("rank_buffers", ())):
             if len(values) == self._ranks.world_size:
                 set_buffers(model, values[self._ranks.rank])
         self._log.last_checkpoint = path
@@ -183,9 +184,6 @@ class Checkpoints:
         changed = _differences(dict(content.get("args", {}), **old), dict(self._metadata["args"], **new))
         if changed:
             self._log.line("other options than the checkpoint's run: {}".format(changed))
-
-    def _models(self):
-        return [part for part in self._parts.values() if isinstance(part, torch.nn.Module)]
 
     def after_step(self, batch, stop_signal):
         """Note that `batch` (a `data.Batch`) is done; save for `--save-steps`; for a signal save and raise Stopped."""
@@ -223,7 +221,7 @@ class Checkpoints:
 
         `is_alone`: the other ranks are elsewhere, and do not give the BatchNorm statistics with which they would go on.
         """
-        buffers = [] if is_alone else [self._ranks.gather_buffers(model) for model in self._models()]
+        buffers = [] if is_alone else [self._ranks.gather_buffers(model) for model in self._models]
         position = self.epoch, self.samples
         if not self._writes or (position == self._saved and not best):
             return

@@ -153,8 +153,15 @@ class Device:
         """Return `model` wrapped for several ranks and compiled, for training; all ranks get rank 0's weights."""
         if self.ranks.world_size > 1:
             device_ids = None if self.module is None else [self.torch_device.index]
-            model = torch.nn.parallel.DistributedDataParallel(model, device_ids=device_ids)
+            network, model = model, torch.nn.parallel.DistributedDataParallel(model, device_ids=device_ids)
             model.broadcast_buffers = False  # as an argument torch 2.13 warns of it, and older versions need it
+            # After its first backward pass torch packs the gradients in another order, in which sums of more than two
+            # ranks round in another way: that pass is not the first step, which may be in the middle of a run.
+            model.module = torch.nn.Module()
+            model.module.forward = lambda _: sum(weight[:0].sum() for weight in network.parameters())
+            model(torch.zeros(1)).backward()
+            model.module = network
+            network.zero_grad()
         if not self._args.compile:
             return model
         options = npu.compile_options if self.type == "npu" else lambda mode: {"mode": mode}

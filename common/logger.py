@@ -241,10 +241,9 @@ class Log:
         place = {"epoch": self._number, "step": self._step, "steps": self._loader.steps, "lr": self._learning_rate}
         self.line(PROGRESS.format(now=now, mean=mean, loss=losses[-1], left=left, **place), is_progress=True)
         self._bar.set_postfix_str(LIVE.format(now=now, mean=mean, left=left, lr=self._learning_rate))
-        before, self._skipped = self._skipped, int(self._precision.skipped)
-        if self._skipped > before:
-            text = "skipped {} steps: a gradient overflowed ({} so far)"
-            self.line(text.format(self._skipped - before, self._skipped))
+        old, self._skipped = self._skipped, int(self._precision.skipped)
+        if self._skipped > old:
+            self.line("skipped {} steps: a gradient overflowed ({} so far)".format(self._skipped - old, self._skipped))
         memory = self._card.memory_gib()
         self._record("train", losses=losses, memory_gib=memory, skipped=self._skipped, **place, **now)
 

@@ -87,8 +87,7 @@ class Precision:
     def _scaled_step(self, scaler, one, optimizer):
         # Return whether the step was skipped as a tensor on the card: reading the scale as a number would wait for it.
         # torch_npu's scaler waits anyway, its `scale` would clear the card's overflow flag too early, and it prints.
-        is_npus = type(scaler).__module__.startswith("torch_npu")
-        read_scale = scaler.get_scale if is_npus else lambda: scaler.scale(one)
+        read_scale = scaler.get_scale if type(scaler).__module__.startswith("torch_npu") else lambda: scaler.scale(one)
         before = read_scale()
         with contextlib.redirect_stdout(io.StringIO()):
             if self._clip_grad:

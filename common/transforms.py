@@ -191,8 +191,7 @@ class Workers:
             raise UserError(text.format(loaders * least * size / 1e6, free / 1e6))
         slots = max(least, min(2 * count + 1, BATCH_BYTES // size, free // loaders // 2 // size))
         # Memory that a fork shares is not limited by the size of /dev/shm, and is taken when it is first written.
-        memory = mmap.mmap(-1, slots * size)
-        self._batches = torch.from_numpy(np.frombuffer(memory, dtype=np.uint8)).view(slots, *shape)
+        self._batches = torch.from_numpy(np.frombuffer(mmap.mmap(-1, slots * size), dtype=np.uint8)).view(slots, *shape)
         # Where few batches fit, several processes share one: there are two pieces for each of them.
         self._piece = -(-shape[0] // max(1, -(-2 * count // max(1, slots - 1))))
         # All fork now: later a thread of torch's may hold a lock, for which the fork would wait for ever.

@@ -303,3 +303,14 @@ def test_what_a_restarted_rank_resumes(resume, own, expected, data, whole, tmp_p
     assert args.resume == (expected and str(out / expected))
     assert (content is None) == (expected is None)
     assert any("starting afresh" in line for line in args.notices) == (expected is None)
+
+
+def test_three_ranks_take_the_step_after_a_resume_as_they_would_have_without_it(data, tmp_path):
+    """Their sums depend on the order in which torch packs the gradients, which is another one in its first step."""
+    words = ["--device-list", "0,1,2", "--max-steps", "3", "--save-steps", "2", "--eval-freq", "0"]
+    outs = tmp_path / "whole", tmp_path / "resumed"
+    for out, resume in zip(outs, ([], ["--resume", outs[0] / "checkpoint.prev.pth.tar"])):
+        process = helpers.main_py("MnasNet", *helpers.flags("MnasNet", data, out, *words, *resume))
+        assert process.returncode == 0, process.stderr
+    assert "resumed {}: epoch 0, 24 samples done".format(outs[0] / "checkpoint.prev.pth.tar") in process.stdout
+    helpers.assert_equal(*(helpers.weights(out) for out in outs))
