@@ -184,6 +184,8 @@ class Log:
         every `SYNC_SECONDS`; there UserError is raised where a loss was not finite or too many images are bad.
         """
         loss, is_alone = loss.detach().float().reshape(1) * batch.weight, self._ranks.world_size == 1
+        # Each rank has a place of its own: a sum of several losses rounds by where they lie among those of other steps.
+        loss = torch.nn.functional.pad(loss, (self._ranks.rank, self._ranks.world_size - self._ranks.rank - 1))
         self._parts.append(torch.cat([loss, find_correct(logits.detach(), batch.targets).sum(dim=0).float()]))
         if not batch.ends_step:
             return 0
@@ -211,11 +213,10 @@ class Log:
         own = torch.tensor(own, dtype=torch.float32, device=self._card.torch_device)
         sums = self._ranks.sum(torch.cat([own, *self._since_sync])).cpu()
         seconds, new_bad, *signals = sums[: len(own)].tolist()
-        waited = loader.wait_seconds - self._waited
-        self._since_log.update(steps=steps, step_seconds=seconds, data_seconds=waited)
-        for loss, correct1, correct5, images in sums[len(own) :].view(steps, 4).tolist():
-            self._losses.append(loss / world)
-            self._since_log.update(images=images, loss=loss / world * images, acc1=100 * correct1, acc5=100 * correct5)
+        self._since_log.update(steps=steps, step_seconds=seconds, data_seconds=loader.wait_seconds - self._waited)
+        for *losses, right1, right5, images in sums[len(own) :].view(steps, world + 3).tolist():
+            self._losses.append(sum(losses) / world)
+            self._since_log.update(images=images, loss=self._losses[-1] * images, acc1=100 * right1, acc5=100 * right5)
         self._since_sync, self._synced, self._waited = [], now, loader.wait_seconds
         self._sync_every = max(1, int(SYNC_SECONDS * steps / seconds))
         self._stop_signal = next((signum for signum, count in zip(STOP_SIGNALS, signals) if count), 0)
@@ -244,8 +245,7 @@ class Log:
         old, self._skipped = self._skipped, int(self._precision.skipped)
         if self._skipped > old:
             self.line("skipped {} steps: a gradient overflowed ({} so far)".format(self._skipped - old, self._skipped))
-        memory = self._card.memory_gib()
-        self._record("train", losses=losses, memory_gib=memory, skipped=self._skipped, **place, **now)
+        self._record("train", losses=losses, memory_gib=self._card.memory_gib(), skipped=self._skipped, **place, **now)
 
     @contextlib.contextmanager
     def paused(self):

@@ -525,3 +525,26 @@ def test_a_missing_matplotlib_is_a_line_and_the_run_is_complete(bundle_copy):
     assert process.stdout.count("no curves.png: No module named 'matplotlib' (pip install matplotlib)") == 1
     assert "Final Performance" in process.stdout and "Traceback" not in process.stdout + process.stderr
     assert not (folder / "test" / "output" / "0" / "curves.png").exists()
+
+
+def test_losses_of_several_ranks_do_not_depend_on_how_many_steps_are_added_up_together(tmp_path):
+    """A library that adds up for several ranks does so in an order that depends on the place: here from either end."""
+
+    def losses(freq):
+        def run(ranks):
+            barrier, tensors = ranks._shared
+
+            def from_either_end(tensor):
+                FakeRanks.sum(ranks, tensor)
+                total = [sum(t[i] for t in tensors[:: 1 - i // 4 % 2 * 2]) for i in range(len(tensor))]
+                barrier.wait(60)
+                return torch.stack(total)
+
+            ranks.sum, rank = from_either_end, ranks.rank
+            log = make_log(ranks, print_freq=freq, log_dir=str(tmp_path / str(freq) / str(rank)))
+            train(log, FakeLoader(40, world=3), losses=[1.1 ** (step + 9 * rank) for step in range(40)])
+
+        assert in_ranks(3, run) == [None] * 3
+        return parse_log.Run(tmp_path / str(freq) / "0").losses
+
+    assert losses(1) == losses(40)
