@@ -44,7 +44,7 @@ def _link(source, target):
             pass
 
 
-def _lock(folder):
+def lock(folder, content, option):
     """Hold `folder` until this process ends. A run that was killed a moment ago may hold it a little longer."""
     handle = os.open(folder, os.O_RDONLY)  # never closed: that would end the lock
     for _ in range(50):
@@ -54,7 +54,7 @@ def _lock(folder):
             time.sleep(0.1)
         except OSError:
             return None  # this file system has no locks
-    raise UserError("another run writes its checkpoints to {}: give this one another --output-dir".format(folder))
+    raise UserError("another run writes its {} to {}: give this one another {}".format(content, folder, option))
 
 
 def load(parser, argv, args, architectures, network_options, folder):
@@ -134,7 +134,8 @@ class Checkpoints:
         try:
             if self._writes:
                 os.makedirs(self._folder, exist_ok=True)
-                _lock(self._folder)
+                if not args.log_dir or os.path.realpath(args.log_dir) != self._folder:  # which the log holds
+                    lock(self._folder, "checkpoints", "--output-dir")
                 for stale in [stale for path in files for stale in glob.glob(glob.escape(path) + ".tmp-*")]:
                     os.remove(stale)
                 tempfile.TemporaryFile(dir=self._folder).close()

@@ -80,6 +80,7 @@ class Log:
         if args.log_dir and card.ranks.is_rank0:
             try:
                 os.makedirs(args.log_dir, exist_ok=True)
+                checkpoint.lock(args.log_dir, "log", "--log-dir")
                 if not self._resumes:
                     checkpoint.keep_previous(os.path.join(args.log_dir, METRICS))
                 for name in (self._text, METRICS):

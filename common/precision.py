@@ -26,8 +26,7 @@ class Precision:
         if optimizer_by_apex and not (wanted or args.evaluate):
             raise UserError("--fused-optimizer: apex has it only for --amp with --opt-level O1 or O2")
         self._dtype = _choose_dtype(card, args) if wanted else None
-        is_native = hasattr(torch, "autocast") or hasattr(card.module, "amp")
-        if wanted and (optimizer_by_apex or not is_native):
+        if wanted and (optimizer_by_apex or not (hasattr(torch, "autocast") or hasattr(card.module, "amp"))):
             amp, problem = npu.find_apex()
             if problem:
                 text = "[Warning] torch {} has no mixed precision for this device, and {}: float32"

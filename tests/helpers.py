@@ -20,6 +20,7 @@ import time
 import types
 import uuid
 import zlib
+from unittest import mock
 
 import common  # noqa: F401  isort: skip  before torch
 import numpy as np
@@ -399,7 +400,8 @@ def make_log(ranks=None, **options):
     card = types.SimpleNamespace(ranks=ranks or FakeRanks(), torch_device=torch.device("cpu"), notices=["a notice"])
     card.synchronize, card.memory_gib, card.type, card.name = (lambda: None), (lambda: 1.5), "cpu", "a processor"
     args = arguments(**options)
-    log = Log(card, args, "Network")
+    with mock.patch.object(checkpoint, "lock", lambda *words: None):  # the runs of a test are one process
+        log = Log(card, args, "Network")
     log.start(args, types.SimpleNamespace(label="float32", skipped=0))
     return log
 

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import signal
 import stat
 import subprocess
 import types
@@ -124,6 +125,7 @@ def checkpoints(folder, **values):
     """Return the `Checkpoints` of a run without a network; `values` replace options."""
     ranks = types.SimpleNamespace(is_rank0=True, all_gather=lambda value: [value])
     args = {"arch": "none", "save_steps": 0, "on_save_error": "stop", "resume": None, "no_save": False}
+    args["log_dir"] = None
     log = types.SimpleNamespace(line=print, last_checkpoint=None, best_acc1=0.0, is_complete=True)
     log.paused, log.when_stopped = contextlib.nullcontext, lambda save: None
     parts = {"state_dict": Part(), "optimizer": Part()}
@@ -278,3 +280,15 @@ def test_two_runs_in_one_folder(mnasnet, data, saved, tmp_path):
     assert status == 0 and "* Acc@1" in text
     os.close(handle)
     assert mnasnet.run(words, tmp_path / "log")[0] == 0
+
+
+def test_a_run_that_is_refused_leaves_the_log_of_the_other_alone(mnasnet, data, tmp_path):
+    """As the same command given twice: the metrics of the first are not put aside as those of an earlier run."""
+    words = helpers.flags("MnasNet", data, tmp_path / "out", "--log-dir", tmp_path / "files", "--epochs", "99")
+    pid = mnasnet.start(words, tmp_path / "log")
+    mnasnet.wait_for(tmp_path / "log", r"Epoch: \[0\]\[ +2/")
+    process = helpers.main_py("MnasNet", *words)
+    helpers.assert_refused(process, 1, "another run writes its log to {}".format(tmp_path / "files"), "--log-dir")
+    os.kill(pid, signal.SIGTERM)
+    assert mnasnet.end() == 143
+    assert sorted(os.listdir(str(tmp_path / "files"))) == ["metrics.jsonl", "train_0.log"]
