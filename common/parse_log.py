@@ -52,7 +52,7 @@ class Run:
         self.facts = {"network": parts[-4] if parts[-3:-1] == ("test", "output") else parts[-1]}
         for line in _read(self.folder, METRICS).splitlines():
             try:
-                record = json.loads(line)
+                record = json.loads(line[line.rfind('{"kind": ') :])  # half a line of a full disk may stand before it
             except ValueError:  # half a line, of a process that was killed or that writes it now
                 continue
             if record["kind"] == "run":

@@ -300,3 +300,12 @@ def test_what_is_refused_is_one_line(runs):
 def test_the_tool_needs_no_torch(tmp_path):
     code = "import sys, common.parse_log; print('torch' in sys.modules, 'numpy' in sys.modules)"
     assert run([sys.executable, "-c", code], cwd=ROOT).stdout.split() == ["False", "False"]
+
+
+def test_a_run_that_goes_on_behind_half_a_line_is_what_counts(tmp_path):
+    """The disk was full, or the power failed, in the middle of a line; the next record stands behind it."""
+    lines = [json.dumps(record) for record in (dict(RUN, began=1.0), train(0, 10), dict(RUN, began=1.0, rank_size=2))]
+    folder = write(tmp_path / "run", [])
+    (folder / "metrics.jsonl").write_text("\n".join(lines[:2]) + "\n" + lines[1][:40] + lines[2] + "\n")
+    run = parse_log.Run(folder)
+    assert run.facts["rank_size"] == 2 and len(run.losses) == 10
