@@ -60,5 +60,6 @@ if NPU_PROBLEM or IS_TOOL:
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # no stack traces of connections that fail
 if IS_TOOL or os.path.basename(sys.argv[0]) == "main.py":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # nor one of Ctrl-C while torch is imported
-    if sys.stdout:  # else it is closed
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the locale cannot write ends no training
+    for stream in ("stdin", "stdout", "stderr"):  # a file of the run would take the place of one that is closed
+        setattr(sys, stream, getattr(sys, stream) or open(os.devnull, "r+"))
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the locale cannot write ends no training

@@ -292,3 +292,11 @@ def test_a_run_that_is_refused_leaves_the_log_of_the_other_alone(mnasnet, data, 
     os.kill(pid, signal.SIGTERM)
     assert mnasnet.end() == 143
     assert sorted(os.listdir(str(tmp_path / "files"))) == ["metrics.jsonl", "train_0.log"]
+
+
+def test_closed_standard_streams(data, tmp_path):
+    """As a daemon may leave them: the run goes on, and none of its files gets what is written to them."""
+    words = helpers.command("MnasNet", data, tmp_path, "--max-steps", "1", "--log-dir", tmp_path)
+    process = helpers.run(["bash", "-c", 'exec "$@" <&- >&- 2>&-', "bash", *words])
+    assert process.returncode == 0, (tmp_path / "train_0.log").read_text()
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 4 and helpers.position(tmp_path) == (0, 4)
