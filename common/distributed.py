@@ -172,11 +172,11 @@ def spawn(args, argv):
     while None in codes and not any(codes) and not own.stop_signal:
         time.sleep(0.05)
         codes = [process.exitcode for process in processes]
-    deadline = time.time() + SAVE_SECONDS
+    deadline = time.monotonic() + SAVE_SECONDS
     for process in processes:
         process.terminate()
     for process in processes:
-        process.join(max(0, deadline - time.time()))
+        process.join(max(0, deadline - time.monotonic()))
         process.kill()
     if own.stop_signal:
         return 128 + own.stop_signal

@@ -1,5 +1,6 @@
 """How ranks are started, meet and end: which line and which exit status, and that nobody is left."""
 
+import itertools
 import os
 import pathlib
 import re
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
@@ -280,3 +282,28 @@ def test_half_of_what_torchrun_sets_is_one_line(local_rank, monkeypatch, capfd):
         monkeypatch.setenv(name, value)
     assert errors.run(lambda: distributed.should_spawn(parsed("")) or distributed.Ranks()) == 1
     assert capfd.readouterr().err.startswith("[Error] RANK and WORLD_SIZE are set, LOCAL_RANK is no number: set it and")
+
+
+def test_a_clock_that_is_set_takes_no_time_from_saving(monkeypatch, tmp_path):
+    """As by NTP, an hour forwards while the ranks save."""
+
+    def launcher(*job):
+        signal.signal(signal.SIGTERM, lambda signum, frame: ((tmp_path / "saved").touch(), os._exit(143)))
+        while not helpers.catches(os.getppid(), signal.SIGTERM):
+            pass
+        os.kill(os.getppid(), signal.SIGTERM)
+        signal.pause()
+
+    hours = itertools.count(time.time(), 3600)
+    monkeypatch.setattr(distributed.time, "time", lambda: next(hours))
+    monkeypatch.setattr(distributed, "_run_torchrun", launcher)
+    monkeypatch.setattr(distributed, "end_with_parent", lambda: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    args = {"device_list": "0,1", "device_num": None, "device": "cpu", "world_size": 1, "rank": 0, "max_restarts": 0}
+    before = {signum: signal.getsignal(signum) for signum in distributed.STOP_SIGNALS}
+    try:
+        assert distributed.spawn(types.SimpleNamespace(**args), []) == 143
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    assert (tmp_path / "saved").exists()
