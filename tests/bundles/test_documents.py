@@ -92,6 +92,16 @@ def _prose(text):
     return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.parametrize("bundle", BUNDLES)
+@pytest.mark.parametrize("name", sorted(SECTIONS))
+def test_the_table_for_small_sets_has_each_flag_of_the_command_for_digits(bundle, name):
+    text = (ROOT / bundle / name).read_text(encoding="utf-8")
+    command, _, rest = text.partition("--data_path=../data/digits ")[2].partition("\n")
+    rows = re.findall(r"^ *\| (`--.*?) \|", rest.partition("--predict")[0], re.MULTILINE)
+    flags = [set(re.findall(r"(?<!\S)`?(--[a-z_-]+)", words)) for words in (command, " ".join(rows).replace("、", " "))]
+    assert flags[0] and flags[0] <= flags[1], sorted(flags[0] - flags[1])
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_lead_somewhere(document):
     path = ROOT / document
