@@ -31,7 +31,7 @@ usage() { # all that was given: options of the user -- flags of the recipe
   --rank_size=N         number of cards (default: $rank_size)
   --batch_size=N        images per card and step
   --workers=N           decoding processes per card (default: the cores, shared)
-  --epochs=N --max_steps=N --learning_rate=X   passes over train/; end after N steps; for the batch of all cards
+  --epochs=N --max_steps=N --learning_rate=X   passes over train/; end after N steps; --lr of main.py
   --resume=FILE         full: go on from it; eval, finetune: the weights (default: the newest model_best.pth.tar)
   --output_dir=DIR      where the checkpoints go
   --dry-run, --help     print command, environment and recipe; print this

@@ -132,6 +132,13 @@ def test_help_has_all_options_and_the_recipe_and_needs_no_python(bundle_copy):
         assert word in process.stdout
 
 
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_help_leaves_to_main_py_which_batch_the_learning_rate_is_for(bundle):
+    """SPACH-SMLP's is for 512 images, and scaled to those of all cards; the others' is not scaled."""
+    text = run_script(ROOT / bundle, "full_8p", "--help").stdout
+    assert "--learning_rate=X" in text and "--lr of main.py" in text and "batch of all cards" not in text
+
+
 def test_dry_run_prints_command_environment_and_recipe_and_makes_nothing(bundle_copy, tmp_path):
     folder = bundle_copy("MnasNet")
     (tmp_path / "cann").mkdir()  # an Ascend host, where npu_env.sh has something to set
