@@ -2,7 +2,7 @@
 
 import subprocess
 
-from tests.helpers import ROOT
+from tests.helpers import BUNDLES, ROOT
 
 FILES, LINES, LINES_OF_ONE = 18, 3584, 320  # the aim is 2,500 lines
 
@@ -29,5 +29,5 @@ def test_no_c_outside_the_emulated_card():
 
 
 def test_the_documents_stay_short():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 220
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 215 + len(BUNDLES)  # each has a row
     assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 70
