@@ -6,6 +6,7 @@ import os
 import sys
 
 from tests.benchmark import measure
+from tests.helpers import BUNDLES
 
 COMPARISONS = {
     "loader": "images/s of the loaders",
@@ -18,14 +19,21 @@ COMPARISONS = {
     "recipes": "Acc@1 on the digits by the recipes of the scripts and of the READMEs, three networks, 45 minutes",
     "cuda": "images/s of a training step on a GPU, five networks",
 }
+FOR_ONE_NETWORK = ("step", "script", "ranks", "accumulate", "cuda")
+NAMES = {*COMPARISONS, *("{}.{}".format(name, bundle) for name in FOR_ONE_NETWORK for bundle in BUNDLES)}
+NAMES.update("recipes." + bundle for bundle in ("MnasNet", "SPNASNet_100", "ShuffleNetV2"))
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tests.benchmark", description=__doc__)
     text = "; ".join("{}: {}".format(*item) for item in COMPARISONS.items())
     parser.add_argument("names", nargs="*", help=text + ". step.MnasNet is one network of `step`")
     parser.add_argument("--compile", action="store_true", help="`step` and `cuda` also time torch.compile")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    for name in set(args.names) - NAMES:
+        parser.error(
+            "there is no {}; --help lists them; with a network: {}, recipes".format(name, ", ".join(FOR_ONE_NETWORK))
+        )
     os.environ["PYTHON"] = sys.executable  # for the scripts
     print(measure.machine(), flush=True)
     for name in args.names or COMPARISONS:

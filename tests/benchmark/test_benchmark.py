@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from tests.benchmark import __main__ as benchmark
 from tests.benchmark import recipes
 from tests.helpers import ROOT
 
@@ -33,3 +34,16 @@ def test_both_recipes_of_a_bundle_are_found_and_fit_the_digits():
         "ShuffleNetV2": [["--learning_rate=0.25"], ["--learning_rate=0.0884"]],
     }
     assert "--optimizer rmsprop" in found["MnasNet"]["for higher accuracy"]
+
+
+@pytest.mark.parametrize("name", ["nonsense", "step.NoNet", "start.MnasNet", "recipes.PnasNet5Large"])
+def test_a_comparison_that_is_not_there_is_refused_before_anything_is_measured(name, capsys):
+    with pytest.raises(SystemExit) as refused:
+        benchmark.main(["loader", name])
+    assert refused.value.code == 2 and "there is no " + name in capsys.readouterr().err
+
+
+def test_a_network_can_be_named_where_the_recipes_have_it():
+    assert {name for name in benchmark.NAMES if name.startswith("recipes.")} == {
+        "recipes." + n for n in recipes.BUNDLES
+    }
