@@ -102,6 +102,16 @@ def test_the_table_for_small_sets_has_each_flag_of_the_command_for_digits(bundle
     assert flags[0] and flags[0] <= flags[1], sorted(flags[0] - flags[1])
 
 
+@pytest.mark.parametrize("name, possessive", [("README.md", "'s "), ("README_zh.md", " 的 ")])
+def test_the_root_names_each_script_that_takes_few_steps_on_a_cpu(name, possessive):
+    """Whoever fine-tunes on a CPU would take 20 steps for all of them."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for script in ROOT.glob("*/test/train_*p.sh"):
+        bundle, mode = script.parts[-3], script.stem.split("_")[1]
+        if "--cpu-max-steps" in script.read_text() and mode != "performance":
+            assert "{}{}`{}`".format(bundle, possessive, mode) in text, script
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_lead_somewhere(document):
     path = ROOT / document
