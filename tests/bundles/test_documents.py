@@ -6,6 +6,7 @@ import re
 import pytest
 
 from common import distributed
+from common.data import EXTENSIONS
 from tests.helpers import BUNDLES, ROOT, imported
 from tests.tools import arguments
 
@@ -110,6 +111,12 @@ def test_the_root_names_each_script_that_takes_few_steps_on_a_cpu(name, possessi
         bundle, mode = script.parts[-3], script.stem.split("_")[1]
         if "--cpu-max-steps" in script.read_text() and mode != "performance":
             assert "{}{}`{}`".format(bundle, possessive, mode) in text, script
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+@pytest.mark.parametrize("name", sorted(SECTIONS))
+def test_the_files_that_count_as_images_are_named(bundle, name):
+    assert "`{}`".format(" ".join(EXTENSIONS)) in (ROOT / bundle / name).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
