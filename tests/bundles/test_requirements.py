@@ -44,6 +44,14 @@ def test_the_checks_need_what_the_bundles_need_and_what_onnx_needs():
     assert {"onnx", "onnxruntime"} <= {re.split(r"[=<>]", line)[0] for line in text}
 
 
+@pytest.mark.parametrize("place", ["", *BUNDLES])
+def test_onnx_is_installed_together_with_a_file_that_bounds_what_it_brings(place):
+    """Alone it takes the newest numpy and protobuf, which the files for an NPU leave out for CANN's sake."""
+    for name in ("README.md", "README_zh.md"):
+        commands = re.findall("pip install [^`\n#]*onnxruntime", (ROOT / place / name).read_text(encoding="utf-8"))
+        assert commands and all("requirements.txt" in command for command in commands)
+
+
 def test_an_aarch64_host_finds_a_torchvision_for_torch_1_5():
     versions = [line for line in lines("MnasNet", "1.5_") if line.startswith("torchvision")]
     assert versions == [  # of 0.6.0 there are wheels for x86_64 only
