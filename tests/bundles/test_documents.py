@@ -149,6 +149,15 @@ def test_both_languages_have_the_same_figures(bundle):
     assert len(re.findall(r"[\u4e00-\u9fff]", chinese)) > 1000
 
 
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_both_languages_name_the_versions_before(bundle):
+    english, chinese = ((ROOT / bundle / name).read_text(encoding="utf-8") for name in ("README.md", "README_zh.md"))
+    sections = english.partition("## Versions")[2], chinese.partition("# 版本说明")[2]
+    parts = [section.partition("\n## Known problems")[0].partition("\n## 已知问题")[0] for section in sections]
+    dates = [sorted(re.findall(r"\d{4}\.\d\d\.\d\d", part)) for part in parts]
+    assert dates[0] == dates[1] and all("ModelZoo" in part for part in parts)
+
+
 def test_the_root_says_the_same_in_both_languages():
     """Headings, tables, commands and figures; what lies between is prose."""
     english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_zh.md"))
