@@ -53,8 +53,8 @@ def run(args, model, classes, crop, mean, std, card, log):
         try:
             content, verdict = convert(model.cpu(), args.half, crop.size, metadata)
         except ModuleNotFoundError as error:
-            text = "--export: {} is missing: pip install -r ...requirements.txt {}"
-            raise UserError(text.format(error.name.partition(".")[0], packages)) from None
+            name = error.name.partition(".")[0]
+            raise UserError("--export: {} is missing: pip install {}".format(name, packages)) from None
         line = "wrote {}, {:.1f} MB: {}".format(path, len(content) / 1e6, verdict)
     errors.write_atomic(path, content)
     log.line(line)

@@ -41,14 +41,14 @@ END
 }
 
 # --- options: those of the script become flags of main.py, all others go there as they are; it refuses what is wrong
-node='' log_dir='' device_id=${ASCEND_DEVICE_ID:-0} dry_run='' user=()
+node='' log_dir='' device_id=${ASCEND_DEVICE_ID:-0} dry_run='' is_run=yes user=()
 while [ "$1" != -- ]; do
     option=${1%%=*} value=${1#*=} taken=1
     [[ $1 == *=* ]] || value=$2 taken=2
     case $option in
     --help | -h) usage "$@" && exit || exit ;; # the reader of a pipe may have ended
     --dry-run) dry_run=yes taken=1 ;;
-    --check | --export | --predict) fail "$option leaves no run behind: give it to $bundle/main.py" 2 ;;
+    --check | --export | --predict) is_run='' user+=("$1") taken=1 ;;
     --data_path | --data-path | --data) data=$value ;;
     --device_id) device_id=$value ;;
     --rank_size) rank_size=$value ;;
@@ -127,7 +127,7 @@ if [ -e "$output" ]; then # a run that was killed a moment ago may hold it a lit
     command=("${command[@]/#"$output/"/"$previous/"}") # --resume test/output/0/checkpoint.pth.tar
 fi
 mkdir "$output"
-if [ "$mode" = full ] && [ -n "${resume-}" ]; then # what a run needs that goes on, from the last one that saves
+if [ "$mode" = full ] && [ -n "${resume-}" ] && [ -n "$is_run" ]; then # what a run needs that goes on, from the last one that saves
     previous=$(grep -ls '"evaluate": false.*"no_save": false' "$output".prev-*/metrics.jsonl | tail -n 1 || true)
     [ -z "$previous" ] || cp -p "$previous" "$output"
     [ -z "$previous" ] || [ "$resume" != auto ] || find "${previous%/*}" -maxdepth 1 -name '*.pth.tar' -exec mv {} "$output" ';'
@@ -157,6 +157,7 @@ if [ "$status" != 0 ]; then
     echo "$(basename "$script" .sh) ended with status $status; all it said is in $output/nohup.out" | tee -a "$output/nohup.out" >&2
     exit "$status"
 fi
+[ -n "$is_run" ] || exit 0 # it leaves no results
 output=${log_dir:-$output}
 [ -f "$output/metrics.jsonl" ] || { echo 'the log and the results are on node 0' && exit; }
 PYTHONPATH=$common/..${PYTHONPATH:+:$PYTHONPATH} "$python" -m common.parse_log "$output" --mode "$mode"

@@ -96,9 +96,6 @@ WRONG = {  # what a user may type after a script, and what the line says
     "--rank_size=0": (2, "--rank_size=0"),
     "--device_id=x": (2, "--device_id=x"),
     "--max_steps": (2, "--max_steps needs a value"),
-    "--check": (2, "--check leaves no run behind: give it to ", "/MnasNet/main.py"),
-    "--export=x.onnx": (2, "--export leaves no run behind"),
-    "--predict=photos": (2, "--predict leaves no run behind"),
     "wrod": (2, "unrecognized arguments: wrod", "--help lists all options"),
 }
 
@@ -389,6 +386,18 @@ def test_the_device_id_names_the_folder(bundle_copy):
     assert run_script(folder, "performance_1p", *options, ASCEND_DEVICE_ID="5").returncode == 0
     assert (folder / "test" / "output" / "3" / "train_3.log").is_file()
     assert (folder / "test" / "output" / "5" / "train_5.log").is_file()
+
+
+def test_predictions_by_a_script_report_no_results_of_the_run_before(bundle_copy, few_digits):
+    folder = bundle_copy("MnasNet")
+    options = ["--data_path={}".format(few_digits), "--device=cpu", *small("MnasNet")]
+    process = run_script(folder, "full_1p", *options, "--batch_size=8", "--max_steps=1")
+    assert process.returncode == 0 and "Final Train Accuracy" in process.stdout, process.stderr
+    weights = "--resume={}".format(folder / "model_best.pth.tar")
+    process = run_script(folder, "full_1p", *options, weights, "--predict", few_digits / "val", cwd=folder)
+    assert process.returncode == 0 and "images are in predictions.csv" in process.stdout, process.stderr
+    assert "Final" not in process.stdout
+    assert not list((folder / "test" / "output" / "0").glob("*_acc.log"))
 
 
 def test_bash_can_read_all_scripts():
