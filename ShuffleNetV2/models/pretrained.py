@@ -5,39 +5,11 @@ import re
 from collections import OrderedDict
 
 import torch
+from torch import nn
 
 from .shufflenetv2 import REPEATS, STEM, MegviiFirstBlock
 
 BLOCKS = ["{}.{}".format(stage, index) for stage, repeats in REPEATS.items() for index in range(repeats)]
-
-
-# Copied from PnasNet5Large/models/pretrained.py:fit
-def fit(state, model):
-    """Return `state` in the order of the model's keys; the classifiers may have any number of rows.
-
-    Raises ValueError, naming the first tensors that do not fit, when it is not a state dict of this network.
-    """
-    target = model.state_dict()
-    heads = tuple(key + "." for key in model.classifier_keys)
-    fitted, wrong, missing = OrderedDict(), [], []
-    for key, wanted in target.items():
-        first = 1 if key.startswith(heads) else 0
-        if key not in state:
-            if key.endswith("num_batches_tracked"):  # files older than torch 0.4.1 have none
-                fitted[key] = wanted.clone()
-            else:
-                missing.append("it has no {}".format(key))
-        elif state[key].shape[first:] != wanted.shape[first:]:
-            wrong.append("{} is {}, not {}".format(key, tuple(state[key].shape), tuple(wanted.shape)))
-        else:
-            fitted[key] = state[key]
-    wrong += ["it has {} {}".format(key, tuple(state[key].shape)) for key in state if key not in target]
-    wrong += missing
-    if wrong:
-        more = " and {} more".format(len(wrong) - 3) if len(wrong) > 3 else ""
-        reason = "; ".join(wrong[:3]) + more
-        raise ValueError("not a checkpoint of this {}: {}".format(type(model).__name__, reason))
-    return fitted
 
 
 def convert(state, model):
@@ -50,25 +22,24 @@ def convert(state, model):
             loading such a file, turn it in place into megvii's form (`use_megvii_form`), which replaces parameters:
             build the optimizer afterwards.
 
-    Raises ValueError, and leaves the model alone, when it is another network's file or one of another width.
+    Raises RuntimeError, and leaves the model alone, when it is megvii's file of another width.
     """
     notes = []
-    megvii = "first_conv.0.weight" in state
-    if not megvii and "megvii_form" not in state:
-        return fit(state, model), notes
-    target = copy.deepcopy(model).use_megvii_form()
-    if megvii:
+    if "first_conv.0.weight" in state:
         state = _renamed(state)
         state["megvii_form"] = torch.ones((), dtype=torch.long)
-        if "fc.weight" in state and "fc.bias" not in state:
-            state["fc.bias"] = state["fc.weight"].new_zeros(len(state["fc.weight"]))
-            notes.append("megvii's classifier has no bias: it starts at zero")
-        state = _reordered(fit(state, target), target.widths)
+        whole = copy.deepcopy(model).use_megvii_form()  # refuses what cannot be reordered
+        if "fc.weight" in state:
+            whole.fc = nn.Linear(whole.fc.in_features, len(state["fc.weight"])).to(state["fc.weight"])
+            if "fc.bias" not in state:
+                state["fc.bias"] = torch.zeros(len(state["fc.weight"]))
+                notes.append("megvii's classifier has no bias: it starts at zero")
+        whole.load_state_dict(state)
+        state = _reordered(whole.state_dict(), whole.widths)
         notes.append("converted megvii's names and order of channels")
-    else:
-        state = fit(state, target)
-    model.use_megvii_form()
-    notes.append("the model is now in megvii's form: it takes its images back to BGR in 0..255 itself")
+    if "megvii_form" in state:
+        model.use_megvii_form()
+        notes.append("the model is now in megvii's form: it takes its images back to BGR in 0..255 itself")
     return state, notes
 
 

