@@ -73,7 +73,7 @@ class Log:
         # A run that is resumed keeps the time at which it began: it tells its part of metrics.jsonl from another run's.
         self._started = self._began = float(os.environ.get("SCRIPT_STARTED") or time.time())
         self._resumes = bool(args.resume) and not args.evaluate
-        self._best, self._old_speed, self.last_checkpoint, self._save = (), {}, None, lambda signum: None
+        self._best, self._speed, self.last_checkpoint, self._save = (), {}, None, lambda signum: None
         self._timed, self._untimed_steps, self._skipped = Counter(), None, 0
         self._files, self._full, self._text = {}, set(), "train_{}.log".format(args.log_id)
         self._terminal = errors.open_terminal() if card.ranks.is_rank0 else None
@@ -231,13 +231,16 @@ class Log:
 
     def _report(self):
         """Write the steps since the last log point: to the log, to metrics.jsonl, on the live line."""
-        sums, losses, self._last_loss = self._since_log, self._losses, self._losses[-1]
+        sums, losses = self._since_log, self._losses
         self._since_log, self._losses = Counter(), []
         self._epoch.update(sums)
+        now, mean = _averages(sums), _averages(self._epoch)
+        mean["fps"] = now["fps"]
         if self._untimed_steps < 0:
             self._timed.update(sums)
-        now, mean = _averages(sums), _averages(self._epoch)
-        mean["fps"] = _averages(self._timed or sums)["fps"]
+            timed = _averages(self._timed)
+            self._speed = {"fps": timed["fps"], "step_seconds": timed["step_seconds"], "loss": losses[-1]}
+            mean["fps"] = timed["fps"]
         seconds = int((self._run_end - self._step) * mean["step_seconds"])
         left = "{}:{:02d}:{:02d}".format(seconds // 3600, seconds // 60 % 60, seconds % 60)
         place = {"epoch": self._number, "step": self._step, "steps": self._loader.steps, "lr": self._learning_rate}
@@ -297,23 +300,18 @@ class Log:
 
     def state_dict(self):
         """Return what a checkpoint must keep: the best (Acc@1, Acc@5) so far, the throughput, when the run began."""
-        return {"best": self._best or None, "began": self._began, "speed": {self._place: self._speed()}}
-
-    def _speed(self):
-        if not self._timed:  # as when an evaluation was all that was left to do
-            return self._old_speed
-        means = _averages(self._timed)
-        return {"fps": means["fps"], "step_seconds": means["step_seconds"], "loss": self._last_loss}
+        return {"best": self._best or None, "began": self._began, "speed": {self._place: self._speed}}
 
     def load_state_dict(self, state):
         """Take the state of the run that is resumed, and go on in its metrics.jsonl."""
         self._best, self._skipped = state["best"] or (), int(self._precision.skipped)
-        self._began, self._old_speed = state.get("began", self._began), state.get("speed", {}).get(self._place, {})
+        # Its speed counts where an evaluation is all that is left to do.
+        self._began, self._speed = state.get("began", self._began), state.get("speed", {}).get(self._place, {})
         self._record("run", began=self._began, **self._facts)
 
     def finish(self):
         """Write the result of the run as JSON: its throughput, its best accuracy."""
-        result = {"e2e_seconds": round(time.time() - self._started, 3), **self._speed()}
+        result = {"e2e_seconds": round(time.time() - self._started, 3), **self._speed}
         result.update(zip(("acc1", "acc5"), self._best))
         self.line("=> result " + json.dumps(result, sort_keys=True))
         self._record("result", **result)
