@@ -108,16 +108,15 @@ class Precision:
             state = self._scaler.state_dict()
         else:
             return {}
-        return dict(state, dynamic=self._fixed_scale is None, skipped=int(self.skipped))
+        return dict(state, skipped=int(self.skipped))
 
     def load_state_dict(self, state):
-        """Take the state of another run: the scale only from dynamic to dynamic, since options say a fixed one."""
+        """Take the state of another run, but not its scale where the options fix one."""
         own = self.state_dict()
         if not state or not own:
             return
         self.skipped = state.get("skipped", 0)
-        was_fixed = not state.get("dynamic", True) or state.get("growth_interval") == 2**31 - 1  # in older files
-        if self._fixed_scale is not None or was_fixed:
+        if self._fixed_scale is not None:
             return
         scale, steps = state["scale"], state["_growth_tracker"]
         if self._amp is not None:

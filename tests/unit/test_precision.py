@@ -11,7 +11,6 @@ from common.errors import UserError
 
 CARD = types.SimpleNamespace(type="cpu", module=None, torch_device=torch.device("cpu"), channels_last=True)
 WHOLE = Batch(None, None, 1.0, 0.0, 1)  # a batch that is a step
-NEVER = 2**31 - 1  # the growth interval of a fixed scale in the files of earlier versions
 
 
 def arguments(**values):
@@ -60,12 +59,12 @@ def test_a_fixed_scale_does_not_grow(build):
     assert built.state_dict()["scale"] == 64 and built.skipped == 0
 
 
-# Of the run that goes on, of the file: its scale after one overflow, whether the new run takes it.
-STATES = [("dynamic", "dynamic", 2.0**15), ("128", "dynamic", 128.0), ("dynamic", "64", 2.0**16), ("128", "64", 128.0)]
+# Of the run that goes on, of the file, whose dynamic scale has fallen by one overflow: the new run's scale.
+STATES = [("dynamic", "dynamic", 2.0**15), ("128", "dynamic", 128.0), ("dynamic", "64", 64.0), ("128", "64", 128.0)]
 
 
 @pytest.mark.parametrize("loss_scale, of_file, scale", STATES)
-def test_a_scale_is_taken_over_only_from_dynamic_to_dynamic(build, loss_scale, of_file, scale):
+def test_a_scale_is_taken_over_where_the_options_fix_none(build, loss_scale, of_file, scale):
     saved, weight, optimizer = build(of_file)
     overflow(saved, weight, optimizer, 1)
     built, weight, optimizer = build(loss_scale)
@@ -75,22 +74,9 @@ def test_a_scale_is_taken_over_only_from_dynamic_to_dynamic(build, loss_scale, o
     assert built.state_dict()["scale"] == scale and weight.tolist() == [0.5] * 3
 
 
-@pytest.mark.parametrize("interval, scale", [(2000, 32.0), (NEVER, 2.0**16)])
-def test_files_of_earlier_versions_are_read(build, interval, scale):
-    """They say by the growth interval whether the scale was fixed; torch_npu's scaler wrote `dynamic` for both."""
-    state = {"scale": 32.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": interval}
-    state.update(_growth_tracker=5, skipped=7, dynamic=True)
-    built, weight, optimizer = build("dynamic")
-    built.load_state_dict(state)
-    assert built.state_dict()["scale"] == scale and built.skipped == 7
-    for _ in range(1995):
-        built.step(weight.sum() * 0, optimizer, WHOLE)
-    assert built.state_dict()["scale"] == (64.0 if interval == 2000 else scale)  # 5 steps are counted already
-
-
 def test_torchs_scaler_goes_on_with_the_scale_of_apex(build):
     built, _, _ = build("dynamic")
-    built.load_state_dict({"scale": 8.0, "_growth_tracker": 3, "dynamic": True, "skipped": 2})
+    built.load_state_dict({"scale": 8.0, "_growth_tracker": 3, "skipped": 2})
     assert (built.state_dict()["scale"], built.state_dict()["_growth_tracker"], built.skipped) == (8.0, 3, 2)
 
 
