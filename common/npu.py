@@ -32,12 +32,8 @@ def find_problem():
 
 def check(args):
     """Raise UserError where this torch_npu cannot do what the options want."""
-    for option, default, place, name in (
-        ("jit_compile", "auto", torch.npu, "set_compile_mode"),
-        ("internal_format", "auto", torch.npu, "config"),
-        ("profile", 0, sys.modules.get("torch_npu"), "profiler"),
-    ):
-        if getattr(args, option) != default and not hasattr(place, name):
+    for option, name in (("jit_compile", "set_compile_mode"), ("internal_format", "config")):
+        if getattr(args, option) != "auto" and not hasattr(torch.npu, name):
             raise UserError("--{}: this torch_npu has no {}".format(option.replace("_", "-"), name))
     if args.compile and hasattr(torch, "compile"):
         compile_options(args.compile)
