@@ -105,20 +105,15 @@ def _onnx(model, half, image_size, metadata):
     return content, text.format(*BATCHES, onnxruntime.__version__, worst)
 
 
-def _find_images(path):
-    """Return the `Images` that `path` is or holds, their targets being their own numbers."""
-    if os.path.isfile(path):
-        return data.Images(os.path.dirname(path), [os.path.basename(path)], [0])
-    names = data.image_names(path)
-    return data.Images(path, names, range(len(names)))
-
-
 def _predict(args, model, classes, crop, mean, std, card, log):
     """Return a row of str for each image of `--predict`: its name, the likeliest class, its probability, and so on.
 
     Of an image that cannot be read there is only the name; UserError where none can be.
     """
-    images = _find_images(args.predict)
+    folder, names = os.path.dirname(args.predict), [os.path.basename(args.predict)]
+    if os.path.isdir(args.predict):
+        folder, names = args.predict, data.image_names(args.predict)
+    images = data.Images(folder, names, range(len(names)))  # each is its own target
     loader = data.Loader(card, images, crop, args, mean, std, training=False)
     rows = [[images.name(i)] for i in range(len(images))]
     with torch.no_grad():
