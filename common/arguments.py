@@ -96,7 +96,7 @@ def build_parser(text, check=lambda args: None):
     return parser
 
 
-def add_shared(parser, amp=False, opt_level="O1", loss_scale="dynamic", originals=()):
+def add_shared(parser, opt_level="O1", loss_scale="dynamic", originals=()):
     """Declare the options that the bundles share; the recipe gives the defaults of the precision.
 
     `originals` has more entries as in `MODELZOO`, of the program that the bundle replaces.
@@ -113,7 +113,7 @@ def add_shared(parser, amp=False, opt_level="O1", loss_scale="dynamic", original
     devices = ["auto", "npu", "gpu", "cuda", "cpu"]
     add("--device", default="auto", choices=devices, help="auto: an NPU, else CUDA, else the CPU")
     add("--seed", type=seed, default=0, metavar="N", help="one seed gives one run: order, crops, weights")
-    add("--amp", action="store_true", default=amp, help="mixed precision, unless --opt-level is O0")
+    add("--amp", action="store_true", help="mixed precision, unless --opt-level is O0")
     add("--opt-level", default=opt_level, choices=["O0", "O1", "O2"], help="O0: float32 throughout")
     add("--amp-dtype", default="auto", choices=["auto", "float16", "bfloat16"], help="auto: float16 on cards")
     add("--loss-scale", "--loss_scale", type=scale, default=loss_scale, metavar="N|dynamic", help="of float16")

@@ -186,7 +186,7 @@ class Loader:
         scale = 1 / (255 * torch.tensor(std))
         shift = -torch.tensor(mean) * 255 * scale
         self._scale, self._shift = (values.repeat(transform.size).to(card.torch_device) for values in (scale, shift))
-        args.notices += [line for line in images.notices if line not in args.notices]
+        args.notices += images.notices
         packed = not training and images.pixels.startswith("shorter side")
         if packed and "side {resize} at most, {interpolation}, ".format(**vars(transform)) not in images.pixels:
             text = "[Warning] {} is a pack of {}: --size {} --interpolation {} has the folder's Acc@1"
