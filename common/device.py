@@ -44,12 +44,6 @@ def choose_type(name, notices):
     return "cpu"
 
 
-def _card_ids(args):
-    ids, world = distributed.card_ids(args), distributed.Ranks().local_world_size
-    # The user's torchrun has said how many ranks there are.
-    return list(range(world)) if distributed.is_distributed() and len(ids) != world else ids
-
-
 def check(args):
     """Raise UserError where the device of type `args.device` has too few cards or cannot do what other options want."""
     kind = args.device
@@ -66,7 +60,7 @@ def check(args):
     compiler = {"cuda": find_spec("triton"), "cpu": shutil.which(os.environ.get("CXX", "g++"))}.get(kind, True)
     if args.compile and not compiler:
         raise UserError("--compile needs a C++ compiler on a CPU (g++ or $CXX), on CUDA triton")
-    last, count = max(_card_ids(args)), math.inf if kind == "cpu" else getattr(torch, kind).device_count()
+    last, count = max(distributed.card_ids(args)), math.inf if kind == "cpu" else getattr(torch, kind).device_count()
     if last >= count:  # the same on all ranks: the first one says it
         text = "card {} was asked for, this machine has {} (0 to {}); {}_VISIBLE_DEVICES numbers those it names from 0"
         raise UserError(text.format(last, count, count - 1, "ASCEND_RT" if kind == "npu" else "CUDA"))
@@ -89,7 +83,7 @@ class Device:
             keep_freed_memory()
             self._share_cores()
         else:
-            self.torch_device = torch.device(self.type, _card_ids(args)[self.ranks.local_rank])
+            self.torch_device = torch.device(self.type, distributed.card_ids(args)[self.ranks.local_rank])
             self.module.set_device(self.torch_device)
             if self.type == "npu":
                 npu.set_up(self.module, args)

@@ -123,14 +123,15 @@ def end_with_parent():
 
 def card_ids(args):
     """Return the ids of this node's cards as a list of int; raise UserError where the options contradict each other."""
+    started = Ranks().local_world_size if is_distributed() else None  # the user's torchrun decides how many there are
     if args.device_list is None:
-        return list(range(args.device_num or 1))
+        return list(range(started or args.device_num or 1))
     words = args.device_list.split(",")
     ids = [int(word) for word in words if word.strip().isdecimal()]
     if not len(set(ids)) == len(words) == (args.device_num or len(words)):
         text = "--device-list {!r} is not a list of {} different card numbers (such as 0,1)"
         raise UserError(text.format(args.device_list, args.device_num or len(words)))
-    return ids
+    return ids if started in (None, len(ids)) else list(range(started))
 
 
 def should_spawn(args):

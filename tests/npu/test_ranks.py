@@ -69,7 +69,7 @@ MISTAKES = {
     ),
     "every rank on card 0": (
         "common/device.py",
-        "_card_ids(args)[self.ranks.local_rank])",
+        "distributed.card_ids(args)[self.ranks.local_rank])",
         "0)",
         CHIPS[1],
         "both run on card 0",

@@ -236,6 +236,16 @@ def test_which_cards_a_node_uses(words, ids, spawns, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "words, ids", [("", [0, 1]), ("--device-list 3", [0, 1]), ("--device-list 5,4", [5, 4]), ("--device-num 8", [0, 1])]
+)
+def test_a_torchrun_of_the_user_decides_how_many_cards(words, ids, monkeypatch):
+    for name, value in (("RANK", "3"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert distributed.card_ids(parsed(words)) == ids
+    assert not distributed.should_spawn(parsed(words))
+
+
+@pytest.mark.parametrize(
     "words, where",
     [
         ("--addr no.such.host.invalid", "no.such.host.invalid:29688"),
