@@ -245,10 +245,8 @@ def processor():
     text = ""
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
         text = file.read(8192)  # the first core
-    name = re.search("^model name.*: (.+)", text, re.MULTILINE)
-    is_kunpeng = re.search(r"^CPU implementer\s*: 0x48$", text, re.MULTILINE)  # HiSilicon gives no name
-    machine = "Kunpeng (aarch64)" if is_kunpeng else platform.machine()
-    return name.group(1) if name else machine, bool(re.search(r"\b(avx512_|amx_)?bf16\b", text))
+    name = re.search("^model name.*: (.+)", text, re.MULTILINE)  # not on ARM
+    return name.group(1) if name else platform.machine(), bool(re.search(r"\b(avx512_|amx_)?bf16\b", text))
 
 
 def seed_everything(seed, *position):

@@ -189,7 +189,7 @@ def test_the_device_is_what_was_asked_for_or_the_best_there_is(name, problem, cu
 
 @pytest.mark.parametrize("text, name", [
     ("processor: 0\nmodel name\t: A processor\nflags\t: avx512_bf16\n", ("A processor", True)),
-    ("processor\t: 0\nFeatures\t: fp bf16\nCPU implementer\t: 0x48\nCPU part\t: 0xd01\n", ("Kunpeng (aarch64)", True)),
+    ("processor\t: 0\nFeatures\t: fp bf16\nCPU implementer\t: 0x48\n", (platform.machine(), True)),
     ("processor\t: 0\nFeatures\t: fp\nCPU implementer\t: 0x41\n", (platform.machine(), False)),
 ])  # fmt: skip
 def test_a_processor_has_a_name(text, name, monkeypatch):
