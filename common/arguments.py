@@ -186,7 +186,8 @@ class _ModelZoo(argparse.Action):
 def parse(parser, argv):
     """Return the options of `argv` (None: of the command line), or end the process after `--dry-run` and `--check`.
 
-    `args.device` is "npu", "cuda" or "cpu"; `args.notices` is a list of lines for the log. Raises UserError.
+    `args.device` is "npu", "cuda" or "cpu"; `args.notices` is a list of lines for the log. Raises UserError where
+    options contradict each other, or a device, file or folder that they name is not there.
     """
     args = parser.parse_args(argv)
     args.notices = []

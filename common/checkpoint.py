@@ -222,7 +222,8 @@ class Checkpoints:
 
         `is_alone`: the other ranks are elsewhere, and do not give the BatchNorm statistics with which they would go on.
         """
-        buffers = [] if is_alone else [self._ranks.gather_buffers(model) for model in self._models]
+        if self._log.is_complete or not best:  # else an evaluation within the epoch has averaged them
+            self._buffers = [] if is_alone else [self._ranks.gather_buffers(model) for model in self._models]
         position = self.epoch, self.samples
         if not self._writes or (position == self._saved and not best):
             return
@@ -232,7 +233,7 @@ class Checkpoints:
                 text = "the weights are not finite numbers and are not saved (the last checkpoint: {}). Try a lower "
                 raise UserError((text + "learning rate, or --opt-level O0").format(self._log.last_checkpoint))
             state.update(self._metadata, epoch=self.epoch, samples=self.samples, best_acc1=self._log.best_acc1)
-            state["rank_buffers"] = [on_cpu(values) for values in buffers if values]
+            state["rank_buffers"] = [on_cpu(values) for values in self._buffers if values]
             data = io.BytesIO()
             torch.save(state, data)
             try:

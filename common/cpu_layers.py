@@ -120,7 +120,8 @@ class BatchNorm2d(torch.nn.BatchNorm2d):
         pixels = images.numel() // self.num_features
         is_large = pixels >= 2**14 and pixels % TOGETHER == 0  # with fewer it takes longer
         is_autocast = torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
-        if not (self.training and is_autocast and is_large and images.is_contiguous(memory_format=torch.channels_last)):
+        in_order = images.is_contiguous(memory_format=torch.channels_last)
+        if not (self.training and is_autocast and is_large and in_order):
             return super().forward(images)
         result, mean, variance = BatchNormFunction.apply(images, self.weight, self.bias, self.eps)
         self.num_batches_tracked += 1

@@ -108,7 +108,10 @@ class ImageFolder(Images):
     """The images of DIR/train or DIR/val, in torchvision's order; `classes` are the names that `targets` number."""
 
     def __init__(self, root, split, classes=None):
-        """Find them, or raise UserError. Unless given, the `classes` are those of train/ if it is there."""
+        """Find them. Unless given, the `classes` are those of train/ if it is there.
+
+        Raises UserError where there are no images, or a class folder has an unknown name.
+        """
         folder, folders = os.path.join(root, split), find_classes(root, split)
         self.classes = classes or find_classes(root, "train" if has_split(root, "train") else split)
         numbers = {name: number for number, name in reversed(list(enumerate(self.classes)))}  # of two the first counts
@@ -157,9 +160,10 @@ class Loader:
     """
 
     def __init__(self, card, images, transform, args, mean, std, training, repeats=1):
-        """Set up the workers, or raise UserError; mean and std are the channels' (1: white). All ranks call this.
+        """Set up the workers; mean and std are those of the channels, in units of 1 = white. All ranks call this.
 
         With `repeats` each image stands so often in an epoch (repeated augmentation), which keeps its length.
+        Raises UserError where there are fewer images than ranks, or too little memory.
         """
         self._card, self._ranks, self._world = card, card.ranks, card.ranks.world_size
         self.images, self._transform, self.training = images, transform, training

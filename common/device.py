@@ -25,7 +25,10 @@ from common.errors import UserError
 
 
 def choose_type(name, notices):
-    """Return "npu", "cuda" or "cpu" for the value of `--device`; raise UserError where it is not there."""
+    """Return "npu", "cuda" or "cpu" for the value of `--device`; raise UserError where it is not there.
+
+    A CPU that takes the place of hidden NPUs is a line more of `notices`.
+    """
     if name in ("npu", "auto"):
         problem = npu.find_problem()
         if problem is None:

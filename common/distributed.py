@@ -159,7 +159,8 @@ def spawn(args, argv):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // count)))
     if args.device == "npu":
         npu.bind_cores(count)
-    job = args, count, _node_0(args), [os.path.abspath(sys.argv[0]), *(sys.argv[1:] if argv is None else argv)]
+    script = [os.path.abspath(sys.argv[0]), *(sys.argv[1:] if argv is None else argv)]
+    job = args, count, _node_0(args), script
     processes = [fork.Process(name="the launcher", target=_run_torchrun, args=job)]
     if importlib.util.find_spec("torch.distributed.run") is None:  # older launchers kill ranks that want to save
         if args.max_restarts:

@@ -35,6 +35,7 @@ usage() { # all that was given: options of the user -- flags of the recipe
   --resume=FILE         full: go on from it; eval, finetune: the weights (default: the newest model_best.pth.tar)
   --output_dir=DIR      where the checkpoints go
   --dry-run, --help     print command, environment and recipe; print this
+
 flags of the recipe: ${given#* -- }
 More flags may follow, and win over the recipe: python3 $bundle/main.py --help
 END

@@ -26,7 +26,8 @@ class Precision:
         if optimizer_by_apex and not (wanted or args.evaluate):
             raise UserError("--fused-optimizer: apex has it only for --amp with --opt-level O1 or O2")
         self._dtype = _choose_dtype(card, args) if wanted else None
-        if wanted and (optimizer_by_apex or not (hasattr(torch, "autocast") or hasattr(card.module, "amp"))):
+        is_native = hasattr(torch, "autocast") or hasattr(card.module, "amp")
+        if wanted and (optimizer_by_apex or not is_native):
             amp, problem = npu.find_apex()
             if problem:
                 text = "[Warning] torch {} has no mixed precision for this device, and {}: float32"
@@ -86,7 +87,8 @@ class Precision:
     def _scaled_step(self, scaler, one, optimizer):
         # Return whether the step was skipped as a tensor on the card: reading the scale as a number would wait for it.
         # torch_npu's scaler waits anyway, its `scale` would clear the card's overflow flag too early, and it prints.
-        read_scale = scaler.get_scale if type(scaler).__module__.startswith("torch_npu") else lambda: scaler.scale(one)
+        is_npus = type(scaler).__module__.startswith("torch_npu")
+        read_scale = scaler.get_scale if is_npus else lambda: scaler.scale(one)
         before = read_scale()
         with contextlib.redirect_stdout(io.StringIO()):
             if self._clip_grad:

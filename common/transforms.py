@@ -181,7 +181,10 @@ class Workers:
     """
 
     def __init__(self, write, count, shape, ranks):
-        """Set up memory for uint8 batches of `shape`, or raise UserError; start the processes. All ranks call this."""
+        """Set up memory for uint8 batches of `shape`, and start the processes; all ranks call this.
+
+        Raises UserError where the memory of the node is too small for two such loaders of every rank.
+        """
         self._write, self._ranks, size, least = write, ranks, int(np.prod(shape, dtype=object)), min(2, count + 1)
         with open("/proc/meminfo") as file:
             free = 1024 * int(re.search(r"MemAvailable: *(\d+)", file.read()).group(1))
@@ -191,7 +194,8 @@ class Workers:
             raise UserError(text.format(loaders * least * size / 1e6, free / 1e6))
         slots = max(least, min(2 * count + 1, BATCH_BYTES // size, free // loaders // 2 // size))
         # Memory that a fork shares is not limited by the size of /dev/shm, and is taken when it is first written.
-        self._batches = torch.from_numpy(np.frombuffer(mmap.mmap(-1, slots * size), dtype=np.uint8)).view(slots, *shape)
+        memory = mmap.mmap(-1, slots * size)
+        self._batches = torch.from_numpy(np.frombuffer(memory, dtype=np.uint8)).view(slots, *shape)
         # Where few batches fit, several processes share one: there are two pieces for each of them.
         self._piece = -(-shape[0] // max(1, -(-2 * count // max(1, slots - 1))))
         # All fork now: later a thread of torch's may hold a lock, for which the fork would wait for ever.

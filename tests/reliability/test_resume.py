@@ -314,3 +314,14 @@ def test_three_ranks_take_the_step_after_a_resume_as_they_would_have_without_it(
         assert process.returncode == 0, process.stderr
     assert "resumed {}: epoch 0, 24 samples done".format(outs[0] / "checkpoint.prev.pth.tar") in process.stdout
     helpers.assert_equal(*(helpers.weights(out) for out in outs))
+
+
+def test_an_evaluation_within_an_epoch_changes_nothing_of_what_follows(data, tmp_path):
+    """At the end of --max-steps, of two ranks: it measures the mean of their BatchNorm statistics, the best so far."""
+    ranks, none = ["--device-list", "0,1", "--max-steps"], ["--eval-freq", "0"]
+    resume = ["--resume", tmp_path / "parts" / "checkpoint.pth.tar"]
+    for out, words in (("whole", ["4", *none]), ("parts", ["2"]), ("parts", ["4", *none, *resume])):
+        process = helpers.main_py("MnasNet", *helpers.flags("MnasNet", data, tmp_path / out, *ranks, *words))
+        assert process.returncode == 0, process.stderr
+    assert "resumed" in process.stdout
+    helpers.assert_equal(*(dict(helpers.weights(tmp_path / out), best=torch.zeros(1)) for out in ("whole", "parts")))
