@@ -49,7 +49,7 @@ FAULTS = {
     "memory": (NPU, {"FAKE_NPU_MEMORY_MIB": "12"}, ["out of memory", "a smaller --batch-size (--lr in proportion)"]),
     "hccl timeout": (
         cards(2),
-        {"FAKE_NPU_HCCL_HANG": "1:5", "HCCL_EXEC_TIMEOUT": "3"},
+        {"FAKE_NPU_HCCL_HANG": "1:7", "HCCL_EXEC_TIMEOUT": "3"},
         ["a rank waited for the others", "HCCL_EXEC_TIMEOUT"],
     ),
     "no bfloat16": (

@@ -105,7 +105,7 @@ def _become(request):
         os.environ["PARENT_PID"] = str(os.getppid())
     words = request["words"]
     sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
-    sys.stdin = open(0)
+    sys.stdin = open(0, closefd=False)  # else a fork would close it for what it starts
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
     sys.path.pop(0)  # of this file
     code = 1
