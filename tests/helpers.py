@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import types
 import uuid
@@ -400,7 +401,8 @@ def make_log(ranks=None, **options):
     card = types.SimpleNamespace(ranks=ranks or FakeRanks(), torch_device=torch.device("cpu"), notices=["a notice"])
     card.synchronize, card.memory_gib, card.type, card.name = (lambda: None), (lambda: 1.5), "cpu", "a processor"
     args = arguments(**options)
-    with mock.patch.object(checkpoint, "lock", lambda *words: None):  # the runs of a test are one process
+    # The runs of a test are one process, its ranks threads: one would put back the stand-in of another.
+    with PATCHING, mock.patch.object(checkpoint, "lock", lambda *words: None):
         log = Log(card, args, "Network")
     log.start(args, types.SimpleNamespace(label="float32", skipped=0))
     return log
@@ -474,6 +476,7 @@ def position(out, name="checkpoint.pth.tar"):
     return content["epoch"], content["samples"]
 
 
+PATCHING = threading.Lock()
 LIMIT = 900  # seconds until a wait counts as a hang: a machine may be slow
 
 

@@ -503,13 +503,17 @@ def test_both_languages_give_the_same_commands_for_eight_cards_and_for_one(bundl
 
 def test_the_command_of_microsofts_accuracy_ends_after_300_epochs_as_its_loop_does():
     """main.py of microsoft/SPACH leaves the number of epochs that its scheduler returns, 310, out of account."""
-    for _, _, words in commands_of("SPACH-SMLP", "README.md"):
+    commands = [words for _, _, words in commands_of("SPACH-SMLP", "README.md")]
+    assert len(commands) == 2
+    for words in commands:
         assert number_of("epochs", words) == 300 and number_of("cooldown-epochs", words) == 0
 
 
 def test_the_rate_of_fixres_is_eight_times_that_of_its_command():
     """imnet_finetune/train.py: 8 x --learning-rate x global batch / 512, and a weight decay of 1e-4."""
-    for words in (words for _, _, words in commands_of("PnasNet5Large", "README.md") if "--image-size 480" in words):
+    commands = [words for _, _, words in commands_of("PnasNet5Large", "README.md") if "--image-size 480" in words]
+    assert len(commands) == 2
+    for words in commands:
         (rate,) = re.findall(r"--learning_rate=(\S+)", words)
         assert float(rate) == pytest.approx(8 * 1e-4 * 512 / 512)
         assert "--weight-decay 1e-4" in words
