@@ -155,7 +155,8 @@ class Device:
             # After its first backward pass torch packs the gradients in another order, in which sums of more than two
             # ranks round in another way: that pass is not the first step, which may be in the middle of a run.
             model.module = torch.nn.Module()
-            model.module.forward = lambda _: sum(weight[:0].sum() for weight in network.parameters())
+            # Of a product a gradient has the strides of its weight, for which torch looks.
+            model.module.forward = lambda _: sum((weight * weight.detach()).sum() for weight in network.parameters())
             model(torch.zeros(1)).backward()
             model.module = network
             network.zero_grad()

@@ -59,7 +59,7 @@ def open_terminal():
 
 def is_distributed():
     """Return whether this process is a rank that torchrun has started; pods set some of these, or LOCAL_RANK=0,1,2."""
-    return {"RANK", "WORLD_SIZE"} <= set(os.environ) and os.environ.get("LOCAL_RANK", "").isdecimal()
+    return all(os.environ.get(name, "").isdecimal() for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 
 
 def print_error(text):

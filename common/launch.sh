@@ -4,7 +4,7 @@
 # Mode and number of cards come from the script's name (train_<mode>_<n>p.sh), the network from its folder.
 started=$(date +%s.%N) # E2ETrainingTime counts from here
 set -euo pipefail
-unset CDPATH data resume epochs max_steps previous queue # which the user may have exported
+unset CDPATH data resume epochs max_steps previous kept queue # which the user may have exported
 
 common=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 script=$1
@@ -130,8 +130,10 @@ fi
 mkdir "$output"
 if [ "$mode" = full ] && [ -n "${resume-}" ] && [ -n "$is_run" ]; then # what a run needs that goes on, from the last one that saves
     previous=$(grep -ls '"evaluate": false.*"no_save": false' "$output".prev-*/metrics.jsonl | tail -n 1 || true)
-    [ -z "$previous" ] || cp -p "$previous" "$output"
-    [ -z "$previous" ] || [ "$resume" != auto ] || find "${previous%/*}" -maxdepth 1 -name '*.pth.tar' -exec mv {} "$output" ';'
+    [ "$resume" != auto ] || kept=$(compgen -G "$output.prev-*/*.pth.tar" | sort | tail -n 1 || true)
+    [ -z "${kept-}" ] || previous=${kept%/*}/metrics.jsonl # where the checkpoints are; a run that failed may have none
+    [ ! -f "$previous" ] || cp -p "$previous" "$output"
+    [ -z "${kept-}" ] || find "${kept%/*}" -maxdepth 1 -name '*.pth.tar' -exec mv {} "$output" ';'
 fi
 
 # --- run: everything goes to nohup.out, and to the screen; a signal goes to the ranks, which save and end

@@ -74,7 +74,7 @@ class Log:
         self._started = self._began = float(os.environ.get("SCRIPT_STARTED") or time.time())
         self._resumes = bool(args.resume) and not args.evaluate
         self._best, self._speed, self.last_checkpoint, self._save = (), {}, None, lambda signum: None
-        self._timed, self._untimed_steps, self._skipped = Counter(), None, 0
+        self._timed, self._untimed_steps, self._skipped, self._position = Counter(), None, 0, None
         self._files, self._full, self._text = {}, set(), "train_{}.log".format(args.log_id)
         self._terminal = errors.open_terminal() if card.ranks.is_rank0 else None
         if args.log_dir and card.ranks.is_rank0:
@@ -244,6 +244,7 @@ class Log:
         seconds = int((self._run_end - self._step) * mean["step_seconds"])
         left = "{}:{:02d}:{:02d}".format(seconds // 3600, seconds // 60 % 60, seconds % 60)
         place = {"epoch": self._number, "step": self._step, "steps": self._loader.steps, "lr": self._learning_rate}
+        self._position = self._number + self._step / self._loader.steps  # in epochs, as `parse_log.progress`
         self.line(PROGRESS.format(now=now, mean=mean, loss=losses[-1], left=left, **place), is_progress=True)
         self._bar.set_postfix_str(LIVE.format(now=now, mean=mean, left=left, lr=self._learning_rate))
         old, self._skipped = self._skipped, int(self._precision.skipped)
@@ -299,15 +300,17 @@ class Log:
         return self._best[0] if self._best else 0.0
 
     def state_dict(self):
-        """Return what a checkpoint must keep: the best (Acc@1, Acc@5) so far, the throughput, when the run began."""
-        return {"best": self._best or None, "began": self._began, "speed": {self._place: self._speed}}
+        """Return what a checkpoint must keep: the best (Acc@1, Acc@5), the throughput, where the run began and stands."""
+        state = {"best": self._best or None, "began": self._began, "speed": {self._place: self._speed}}
+        return dict(state, position=self._position)
 
     def load_state_dict(self, state):
         """Take the state of the run that is resumed, and go on in its metrics.jsonl."""
         self._best, self._skipped = state["best"] or (), int(self._precision.skipped)
         # Its speed counts where an evaluation is all that is left to do.
         self._began, self._speed = state.get("began", self._began), state.get("speed", {}).get(self._place, {})
-        self._record("run", began=self._began, **self._facts)
+        self._position = state.get("position")
+        self._record("run", began=self._began, position=self._position, **self._facts)
 
     def finish(self):
         """Write the result of the run as JSON: its throughput, its best accuracy."""

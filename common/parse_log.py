@@ -12,6 +12,7 @@ import collections
 import csv
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -47,7 +48,7 @@ class Run:
     """
 
     def __init__(self, folder):
-        self.folder, self.result, goes_on, found = Path(folder), {}, False, collections.defaultdict(dict)
+        self.folder, self.result, found = Path(folder), {}, collections.defaultdict(dict)
         parts = self.folder.resolve().parts
         self.facts = {"network": parts[-4] if parts[-3:-1] == ("test", "output") else parts[-1]}
         for line in _read(self.folder, METRICS).splitlines():
@@ -58,18 +59,17 @@ class Run:
             if record["kind"] == "run":
                 if self.facts.get("began") not in (None, record.get("began")):
                     found.clear()  # it was another run
-                self.facts, self.result, goes_on = record, {}, True
+                position = record.get("position") or math.inf  # of the checkpoint: what lies behind it is done again
+                for records in found.values():
+                    for key in [key for key in records if key > position]:
+                        del records[key]
+                self.facts, self.result = record, {}
             elif record["kind"] == "result":
                 self.result = record
             else:
-                losses = record.get("losses", ())
-                if goes_on and losses:  # what is done again after a crash counts once
-                    goes_on, start = False, progress(record, len(losses))
-                    for records in found.values():
-                        for key in [key for key in records if key > start]:
-                            del records[key]
                 found[record["kind"]][progress(record)] = record
-                found["losses"].update((progress(record, n), loss) for n, loss in enumerate(reversed(losses)))
+                for back, loss in enumerate(reversed(record.get("losses", ()))):
+                    found["losses"][progress(record, back)] = loss
         self.train, self.evals, self.losses = (
             [found[kind][key] for key in sorted(found[kind])] for kind in ("train", "eval", "losses")
         )

@@ -4,7 +4,7 @@ import subprocess
 
 from tests.helpers import BUNDLES, ROOT
 
-FILES, LINES, LINES_OF_ONE = 18, 3599, 320  # the aim is 2,500 lines
+FILES, LINES, LINES_OF_ONE = 18, 3605, 320  # the aim is 2,500 lines
 
 
 def lines(*patterns):

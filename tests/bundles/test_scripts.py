@@ -357,6 +357,10 @@ def test_resume_from_the_output_folder_that_is_moved_aside(bundle_copy, noise):
     process = run_script(folder, "full_1p", *options, "--max_steps=3", "--resume=auto")
     assert process.returncode == 0, process.stdout + process.stderr
     assert "resumed " in process.stdout and len(loss_file(folder)) == 3
+    assert run_script(folder, "full_1p", *options, "--max_steps=1", "--learning_rate=1e38").returncode == 1  # no save
+    process = run_script(folder, "full_1p", *options, "--max_steps=4", "--resume=auto")
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "resumed " in process.stdout and len(loss_file(folder)) == 4
 
 
 def test_seconds_count_from_the_first_line_of_the_script(bundle_copy, tmp_path):

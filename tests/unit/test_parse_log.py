@@ -130,18 +130,21 @@ def test_runs_are_found_from_every_level_and_once(runs, tmp_path, monkeypatch):
 
 
 def test_of_steps_that_are_done_again_the_later_line_counts(tmp_path):
-    """A run was killed behind its checkpoint at step 12, and logs at other steps after that."""
-    first = [train(0, 10, losses=[1.0] * 10), train(0, 20, losses=[2.0] * 10, acc1=1.0), dict(EVAL, acc1=10.0)]
-    again = [RUN, train(0, 17, losses=[3.0] * 5), train(0, 20, losses=[4.0] * 3, acc1=2.0), dict(EVAL, acc1=20.0)]
-    folder = write(tmp_path / "output" / "0", [RUN, *first, *again, RESULT])
-    found = parse_log.Run(str(folder))
-    assert [(record["step"], record["acc1"]) for record in found.train] == [(10, 40.0), (17, 40.0), (20, 2.0)]
+    """A run was killed behind its checkpoint at step 12, and logs at other steps after that, or has other ranks."""
+    first = [train(0, 12, losses=[1.0] * 12), train(0, 20, losses=[2.0] * 8, acc1=1.0), dict(EVAL, acc1=10.0)]
+    resumed = dict(RUN, position=12 / 20)
+    again = [resumed, train(0, 17, losses=[3.0] * 5), train(0, 20, losses=[4.0] * 3, acc1=2.0), dict(EVAL, acc1=20.0)]
+    found = parse_log.Run(write(tmp_path / "again", [RUN, *first, *again, RESULT]))
+    assert [(record["step"], record["acc1"]) for record in found.train] == [(12, 40.0), (17, 40.0), (20, 2.0)]
     assert [record["acc1"] for record in found.evals] == [20.0]
-    assert found.losses == [1.0] * 10 + [2.0] * 2 + [3.0] * 5 + [4.0] * 3
-    twice_the_ranks = [RUN, dict(train(0, 10, losses=[5.0] * 4), steps=10)]
-    found = parse_log.Run(str(write(tmp_path / "output" / "1", [RUN, *first, *twice_the_ranks])))
-    assert found.losses == [1.0] * 10 + [2.0] * 2 + [5.0] * 4 and not found.evals
-    assert [(record["step"], record["steps"]) for record in found.train] == [(10, 20), (10, 10)]
+    assert found.losses == [1.0] * 12 + [3.0] * 5 + [4.0] * 3
+    # Seven ranks have three steps an epoch. The second is the first that is left, with less than it would have.
+    found = parse_log.Run(write(tmp_path / "ranks", [RUN, *first, resumed, dict(train(0, 3, losses=[5.0]), steps=3)]))
+    assert found.losses == [1.0] * 12 + [5.0] and not found.evals
+    assert [(record["step"], record["steps"]) for record in found.train] == [(12, 20), (3, 3)]
+    # With --max-steps 12 nothing is left to do.
+    found = parse_log.Run(write(tmp_path / "steps", [RUN, *first, resumed, RESULT]))
+    assert found.losses == [1.0] * 12 and len(found.train) == 1
 
 
 def test_no_half_written_file_is_too_much(runs):
