@@ -300,7 +300,7 @@ class Log:
         return self._best[0] if self._best else 0.0
 
     def state_dict(self):
-        """Return what a checkpoint must keep: the best (Acc@1, Acc@5), the throughput, when the run began, its place."""
+        """Return what a checkpoint must keep: the best Acc@1 and Acc@5, the throughput, the beginning, the position."""
         state = {"best": self._best or None, "began": self._began, "speed": {self._place: self._speed}}
         return dict(state, position=self._position)
 
